@@ -1,0 +1,75 @@
+"""What travels between the steps: a case, its scan, its mask."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ich_pipeline.errors import GeometryError
+from ich_pipeline.geometry import Affine, Grid
+
+
+@dataclass(frozen=True, eq=False)
+class NiftiForms:
+    """sform and qform of a NIfTI file with their codes (0 unknown, 1 scanner, 2 aligned), written back as read.
+
+    A qform of None is computed from the affine when written (rotation only, so it drops shear; its code is then 0).
+    """
+
+    sform: Affine
+    sform_code: int
+    qform: Affine | None = None
+    qform_code: int = 0
+    xyzt_units: int = 2
+    pixdim: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """One head CT on its native grid.
+
+    Attributes:
+        image_hu: (I, J, K) int16 or float32, Hounsfield units.
+        forms: how the mask's header is to be written; the affine in `grid` decides geometry.
+        source: the file, or the folder of the DICOM series.
+        series_uid: SeriesInstanceUID that was read, for DICOM.
+        flags: short names of things a reader of the result should know; they never change the number.
+    """
+
+    case_id: str
+    image_hu: NDArray[np.generic]
+    grid: Grid
+    forms: NiftiForms
+    source: Path
+    series_uid: str | None = None
+    flags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.image_hu.shape != self.grid.shape:
+            raise GeometryError(f"{self.case_id}: image {self.image_hu.shape} and grid {self.grid.shape} differ")
+
+
+@dataclass(frozen=True, eq=False)
+class NativeMask:
+    """A mask on the scan's own grid; `values` is bool or uint8 (I, J, K), non-zero is hemorrhage."""
+
+    values: NDArray[np.generic]
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        if self.values.shape != self.grid.shape:
+            raise GeometryError(f"mask {self.values.shape} and grid {self.grid.shape} differ")
+
+
+@dataclass(frozen=True)
+class CaseRecord:
+    """One row of a manifest, or one scan found in a folder. Paths are absolute."""
+
+    case_id: str
+    image: Path
+    label: Path | None = None
+    patient_id: str = ""
+    split: str = ""
+    fold: int | None = None
+    extra: dict[str, str] = field(default_factory=dict)
