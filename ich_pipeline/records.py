@@ -15,6 +15,8 @@ class NiftiForms:
     """sform and qform of a NIfTI file with their codes (0 unknown, 1 scanner, 2 aligned), written back as read.
 
     A qform of None is computed from the affine when written (rotation only, so it drops shear; its code is then 0).
+    `qform_fields` are quatern_b, c, d and qoffset_x, y, z as stored: with `pixdim` they give back the same bits, which
+    a qform computed from a matrix does not.
     """
 
     sform: Affine
@@ -23,6 +25,7 @@ class NiftiForms:
     qform_code: int = 0
     xyzt_units: int = 2
     pixdim: tuple[float, ...] | None = None
+    qform_fields: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)

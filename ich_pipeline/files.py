@@ -1,0 +1,75 @@
+"""Writing files whole or not at all, and hashing what was read."""
+
+import csv
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Give a hidden temporary name beside `path` and rename it to `path` when the block succeeds.
+
+    The suffix is kept, so that libraries which choose a format by suffix may write to it. Parent folders are made.
+    On any failure, an interrupt too, the temporary file is removed and `path` is as it was.
+
+    Raises:
+        FileNotFoundError: the block wrote nothing.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{secrets.token_hex(6)}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path | str) -> str:
+    """SHA-256 of a file, or for a folder of the sorted hashes of all files in it, whatever they are called."""
+    path = Path(path)
+    if path.is_dir():
+        hashes = sorted(sha256_of(file) for file in path.rglob("*") if file.is_file())
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as JSON, whole or not at all. Paths become strings and numpy numbers become numbers.
+
+    Raises:
+        ValueError: `value` holds NaN or infinity, which JSON cannot say: use null for a number that does not exist.
+        TypeError: `value` holds something that has no JSON form.
+    """
+    with atomic_path(path) as temporary:
+        text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False, default=_jsonable)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_csv_rows(path: Path | str, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Write rows under `columns` as CSV, whole or not at all. None and a missing key give an empty cell.
+
+    Raises:
+        ValueError: a row has a key that is not a column.
+    """
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no JSON form")

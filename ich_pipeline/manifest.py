@@ -1,0 +1,285 @@
+"""Tables of cases: read and checked, written, split by patient, made from a downloaded dataset.
+
+A manifest is a CSV file with at least `case_id` and `image`; `patient_id`, `label`, `split` and `fold` have a meaning,
+any other column is kept as it is. Paths are relative to the manifest, or to the folder in ICH_DATA_ROOT.
+"""
+
+import csv
+import difflib
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ich_pipeline.errors import ConfigError, IchError, ManifestError
+from ich_pipeline.files import write_csv_rows
+from ich_pipeline.records import CaseRecord
+
+COLUMNS = ("case_id", "patient_id", "image", "label", "split", "fold")
+REQUIRED = ("case_id", "image")
+SPLITS = ("train", "val", "test", "")
+DATA_ROOT = "ICH_DATA_ROOT"
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+
+
+def read_manifest(path: Path | str, *, require_label: bool = False, check_grids: bool = False) -> list[CaseRecord]:
+    """Read a manifest; every error names the file and the row (its line in the file).
+
+    Args:
+        path: CSV file, UTF-8.
+        require_label: refuse a case without a label.
+        check_grids: compare the grids of image and label, from their headers alone.
+
+    Returns:
+        Records with absolute paths, in the order of the file. Where `patient_id` is empty it is the case id.
+
+    Raises:
+        ManifestError: a missing column or file, a case id that is empty, repeated or no file name, one patient in two
+            splits, an unknown split, a fold that is no number, or a label on another grid than its image.
+    """
+    path = Path(path)
+    records: list[CaseRecord] = []
+    first_row: dict[str, int] = {}
+    split_of: dict[str, tuple[str, int]] = {}
+    for row_number, row in _rows(path, require_label):
+        where = f"{path.name} row {row_number}"
+        record = _record(where, path.parent, row, require_label)
+        if record.case_id in first_row:
+            raise ManifestError(
+                f"{where}: case_id {record.case_id!r} stands in row {first_row[record.case_id]} already, expected it "
+                "once. Rename or remove one."
+            )
+        split, earlier = split_of.setdefault(record.patient_id, (record.split, row_number))
+        if split != record.split:
+            raise ManifestError(
+                f"{where}: patient {record.patient_id!r} is in split {record.split!r} here and {split!r} in row "
+                f"{earlier}, expected one split for all scans of a patient. Split by patient."
+            )
+        if check_grids and record.label:
+            _check_grid(where, record)
+        first_row[record.case_id] = row_number
+        records.append(record)
+    if not records:
+        raise ManifestError(f"{path.name}: no cases, expected at least one row below the header.")
+    return records
+
+
+def write_manifest(path: Path | str, records: Sequence[CaseRecord]) -> None:
+    """Write a manifest that `read_manifest` reads back to the same records.
+
+    Paths are written relative to the manifest's folder, or to ICH_DATA_ROOT where they lie under that only.
+    """
+    path = Path(path)
+    extra = list(dict.fromkeys(name for record in records for name in record.extra))
+    rows: list[dict[str, Any]] = [
+        {
+            **record.extra,
+            "case_id": record.case_id,
+            "patient_id": record.patient_id or record.case_id,
+            "image": _portable(record.image, path.parent),
+            "label": _portable(record.label, path.parent) if record.label else "",
+            "split": record.split,
+            "fold": record.fold,
+        }
+        for record in records
+    ]
+    write_csv_rows(path, rows, [*COLUMNS, *extra])
+
+
+def split_by_patient(records: Sequence[CaseRecord], fractions: Mapping[str, float], seed: int) -> list[CaseRecord]:
+    """Give every patient a split, at random but the same for the same seed, whatever the order of the records.
+
+    Args:
+        records: their present splits are ignored.
+        fractions: share of patients by split, such as {"train": 0.7, "val": 0.1, "test": 0.2}; they sum to 1.
+        seed: another seed, another draw.
+
+    Raises:
+        ConfigError: an unknown split, a share that is negative or shares that do not sum to 1.
+    """
+    unknown = set(fractions) - set(SPLITS)
+    if unknown or min(fractions.values(), default=-1) < 0 or abs(sum(fractions.values()) - 1) > 1e-6:
+        raise ConfigError(f"fractions {dict(fractions)}, expected shares of {SPLITS[:3]} that sum to 1.")
+    patients = _shuffled_patients(records, seed)
+    split_of: dict[str, str] = {}
+    share = 0.0
+    for split, fraction in fractions.items():
+        begin, share = round(share * len(patients)), share + fraction
+        split_of |= dict.fromkeys(patients[begin : round(share * len(patients))], split)
+    return [replace(record, split=split_of[_patient(record)]) for record in records]
+
+
+def assign_folds(records: Sequence[CaseRecord], k: int, seed: int) -> list[CaseRecord]:
+    """Number the patients outside the split `test` with folds 0 to k-1, of sizes that differ by one at most.
+
+    Raises:
+        ConfigError: fewer than two folds, or fewer patients than folds.
+    """
+    patients = _shuffled_patients([record for record in records if record.split != "test"], seed)
+    if not 2 <= k <= len(patients):
+        raise ConfigError(f"{k} folds for {len(patients)} patients, expected 2 to {len(patients)} folds.")
+    fold_of = {patient: index % k for index, patient in enumerate(patients)}
+    return [replace(record, fold=fold_of.get(_patient(record))) for record in records]
+
+
+def index_folder(root: Path | str, dataset: str) -> list[CaseRecord]:
+    """Make records of a downloaded dataset.
+
+    Args:
+        root: the folder it was unpacked to.
+        dataset: a name in LAYOUTS.
+
+    Raises:
+        ConfigError: an unknown layout; the nearest names are given.
+        ManifestError: a folder that is not laid out so, a label without an image, or no image at all.
+    """
+    if dataset not in LAYOUTS:
+        near = difflib.get_close_matches(dataset, LAYOUTS, n=2, cutoff=0.3) or list(LAYOUTS)
+        raise ConfigError(f"no dataset layout {dataset!r}; did you mean {' or '.join(map(repr, near))}?")
+    root = Path(root).resolve()
+    records = LAYOUTS[dataset](root)
+    if not records:
+        raise ManifestError(f"{root}: no NIfTI image found in layout {dataset!r}. Check the folder.")
+    return records
+
+
+def _rows(path: Path, require_label: bool) -> list[tuple[int, dict[str, str]]]:
+    if not path.is_file():
+        raise ManifestError(f"{path}: no such manifest. Check the path.")
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        reader = csv.reader(stream)
+        try:
+            table = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ManifestError(f"{path.name}: not a CSV file in UTF-8 ({error}). Save it as CSV UTF-8.") from error
+    header = table[0][1] if table else []
+    missing = [name for name in (*REQUIRED, *(("label",) if require_label else ())) if name not in header]
+    if missing or len(set(header)) < len(header):
+        wrong = f"no column {', '.join(missing)}" if missing else "a column name that stands twice"
+        raise ManifestError(f"{path.name} row 1: {wrong} in {header}; expected at least {', '.join(REQUIRED)}.")
+    for number, cells in table[1:]:
+        if len(cells) != len(header):
+            raise ManifestError(f"{path.name} row {number}: {len(cells)} cells, expected {len(header)}. Check commas.")
+    return [(number, dict(zip(header, cells, strict=True))) for number, cells in table[1:] if any(cells)]
+
+
+def _record(where: str, folder: Path, row: dict[str, str], require_label: bool) -> CaseRecord:
+    case_id = row["case_id"]
+    if not case_id or case_id.startswith(".") or set(case_id) & set("/\\\0"):
+        raise ManifestError(f"{where}: case_id {case_id!r}, expected a plain file name: masks are named after it.")
+    if not row["image"] or (require_label and not row["label"]):
+        raise ManifestError(f"{where}: no {'label' if row['image'] else 'image'} for {case_id}. Fill the cell.")
+    split = row.get("split", "")
+    if split not in SPLITS:
+        raise ManifestError(f"{where}: split {split!r}, expected train, val, test or nothing.")
+    fold = row.get("fold", "")
+    if fold and not fold.isdecimal():
+        raise ManifestError(f"{where}: fold {fold!r}, expected a whole number from 0 or nothing.")
+    return CaseRecord(
+        case_id=case_id,
+        patient_id=row.get("patient_id") or case_id,
+        image=_existing(where, folder, row["image"]),
+        label=_existing(where, folder, row["label"]) if row.get("label") else None,
+        split=split,
+        fold=int(fold) if fold else None,
+        extra={name: value for name, value in row.items() if name not in COLUMNS},
+    )
+
+
+def _roots(folder: Path) -> list[Path]:
+    data_root = os.environ.get(DATA_ROOT)
+    return [folder.resolve(), *([Path(data_root).resolve()] if data_root else [])]
+
+
+def _existing(where: str, folder: Path, written: str) -> Path:
+    roots = _roots(folder)
+    for root in roots:
+        if (root / written).exists():
+            return (root / written).resolve()
+    looked = " and ".join(map(str, roots))
+    hint = "" if len(roots) > 1 else f" or set {DATA_ROOT}"
+    raise ManifestError(f"{where}: {written} does not exist (looked in {looked}). Correct the path{hint}.")
+
+
+def _portable(path: Path, folder: Path) -> str:
+    path = path.resolve()
+    for root in _roots(folder):
+        if path.is_relative_to(root):
+            return path.relative_to(root).as_posix()
+    return Path(os.path.relpath(path, folder.resolve())).as_posix()
+
+
+def _check_grid(where: str, record: CaseRecord) -> None:
+    from ich_pipeline.dicom import series_grid  # light commands read manifests without these
+    from ich_pipeline.geometry import require_same_grid
+    from ich_pipeline.nifti import read_header
+
+    assert record.label is not None
+    try:
+        image, case_id = record.image, record.case_id
+        image_grid = series_grid(image, case_id) if image.is_dir() else read_header(image, case_id).grid
+        require_same_grid(case_id, "label", read_header(record.label, case_id).grid, image_grid)
+    except IchError as error:
+        raise ManifestError(f"{where}: {error}") from error
+
+
+def _patient(record: CaseRecord) -> str:
+    return record.patient_id or record.case_id
+
+
+def _shuffled_patients(records: Sequence[CaseRecord], seed: int) -> list[str]:
+    """Patients in an order drawn by hash: the same on every machine and in every version of a random generator."""
+    return sorted({_patient(r) for r in records}, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+
+
+def _nifti_by_stem(folder: Path) -> dict[str, Path]:
+    """NIfTI files directly in a folder by name without suffix, sorted."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        suffix = next((s for s in NIFTI_SUFFIXES if path.name.endswith(s)), None)
+        if suffix is None or path.name.startswith("."):
+            continue
+        stem = path.name.removesuffix(suffix)
+        if stem in found:
+            raise ManifestError(f"{folder}: both {found[stem].name} and {path.name}, expected one. Remove one.")
+        found[stem] = path
+    return found
+
+
+def _paired(images: Mapping[str, Path], labels: Mapping[str, Path], split: str, where: Path) -> list[CaseRecord]:
+    lonely = sorted(set(labels) - set(images))
+    if lonely:
+        raise ManifestError(f"{where}: {len(lonely)} labels have no image, such as {lonely[0]}. Complete the download.")
+    return [CaseRecord(case, image, labels.get(case), case, split) for case, image in images.items()]
+
+
+def _index_folders(root: Path) -> list[CaseRecord]:
+    """`images/` and `labels/` or `masks/` with the same file names; an image may have no label."""
+    label_folders = [root / name for name in ("labels", "masks") if (root / name).is_dir()]
+    if not (root / "images").is_dir() or len(label_folders) > 1:
+        raise ManifestError(f"{root}: expected a folder images and one of labels or masks. Check the folder.")
+    labels = _nifti_by_stem(label_folders[0]) if label_folders else {}
+    return _paired(_nifti_by_stem(root / "images"), labels, "", root)
+
+
+def _index_nnunet(root: Path) -> list[CaseRecord]:
+    """nnU-Net v2 raw data: imagesTr and labelsTr (split train), imagesTs and, where given, labelsTs (split test)."""
+    records: list[CaseRecord] = []
+    for part, split in (("Tr", "train"), ("Ts", "test")):
+        images: dict[str, Path] = {}
+        for stem, path in _nifti_by_stem(root / f"images{part}").items():
+            case, separator, channel = stem.rpartition("_")
+            if not separator or channel != "0000":
+                raise ManifestError(f"{path}: expected CASE_0000 and no other channel. Keep the CT channel only.")
+            images[case] = path
+        records += _paired(images, _nifti_by_stem(root / f"labels{part}"), split, root)
+    without = [record.case_id for record in records if record.split == "train" and record.label is None]
+    if without:
+        raise ManifestError(f"{root}: {len(without)} training images have no label, such as {without[0]}.")
+    return records
+
+
+LAYOUTS: dict[str, Callable[[Path], list[CaseRecord]]] = {"folders": _index_folders, "nnunet": _index_nnunet}
+"""A public dataset with a layout of its own is one more function here."""
