@@ -84,7 +84,7 @@ class SliceStack:
     def to_plane_mm(self) -> NDArray[np.float64]:
         """(2, 2), rows for P and Q: steps in the slice to mm in an orthonormal basis of the slice plane."""
         steps_mm = self.grid.affine[:3, self.axes[1:]]
-        return np.linalg.cholesky(steps_mm.T @ steps_mm)
+        return np.asarray(np.linalg.cholesky(steps_mm.T @ steps_mm), dtype=np.float64)
 
     def to_mm(self, index: NDArray[np.float64]) -> NDArray[np.float64]:
         """(..., 3) positions in `values`, voxel centres being whole numbers, to RAS+ mm."""

@@ -173,12 +173,11 @@ def _down_back_left(position_mm: NDArray[np.float64]) -> tuple[float, ...]:
 
 def _subtype_values(case_id: str, values: NDArray[np.generic]) -> NDArray[np.uint8]:
     """The values of a multi-class label, refused when one of them is no subtype."""
-    values = np.asarray(values, dtype=np.uint8)
     highest = int(values.max())
     if highest > max(Subtype):
         names = ", ".join(f"{kind.value} {kind.name}" for kind in Subtype)
         raise ValueError(f"{case_id}: label value {highest}, expected 0 or one of {names}. Remap the label first.")
-    return values
+    return values.astype(np.uint8, copy=False)
 
 
 def _subtype_ml(values: NDArray[np.uint8], grid: Grid) -> SubtypeMl:
