@@ -671,7 +671,8 @@ def _download(uri: str, server: str, source: str, expected: str, cache: Path, na
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as temporary:
         try:
-            got = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=temporary, tracking_uri=server)
+            with _mlflow_uses(server):  # before MLflow 3 the argument tracking_uri did not reach a server's artifacts
+                got = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=temporary)
             actual = bundle_sha256(Path(got))
         except (MlflowException, OSError, ConfigError) as error:
             raise ConfigError(f"{uri}: no bundle could be fetched from {source}: {error}") from error

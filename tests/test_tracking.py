@@ -78,7 +78,9 @@ def _wait_until_healthy(address: str, process: subprocess.Popen, log: Path) -> N
 
 def _end(process: subprocess.Popen) -> list[psutil.Process]:
     """Stop a server with its workers; returns what is still alive."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    family = []
+    with contextlib.suppress(psutil.NoSuchProcess):  # a server that died by itself is told by whoever waited for it
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for one in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.terminate()
