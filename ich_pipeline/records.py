@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ich_pipeline.errors import GeometryError
@@ -41,7 +41,7 @@ class Scan:
     """
 
     case_id: str
-    image_hu: NDArray[np.generic]
+    image_hu: NDArray[Any]
     grid: Grid
     forms: NiftiForms
     source: Path
@@ -57,7 +57,7 @@ class Scan:
 class NativeMask:
     """A mask on the scan's own grid; `values` is bool or uint8 (I, J, K), non-zero is hemorrhage."""
 
-    values: NDArray[np.generic]
+    values: NDArray[Any]
     grid: Grid
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from ich_pipeline.agreement import LESION_BIN_NAMES, CaseAgreement, Estimate, Su
 from ich_pipeline.errors import ManifestError
 from ich_pipeline.files import atomic_path, write_csv_rows
 from ich_pipeline.labels import Subtype
+from ich_pipeline.run_report import CaseStatus
 from ich_pipeline.volumetry import LesionReport, SubtypeMl, VolumeReport
 
 STATUSES = ("ok", "failed", "skipped")
@@ -46,7 +47,7 @@ class CaseRow:
     """
 
     case_id: str
-    status: str
+    status: CaseStatus
     error: str = ""
     flags: tuple[str, ...] = ()
     image: Path | None = None
@@ -215,7 +216,7 @@ def _parse_case(cells: Mapping[str, str], lesions: tuple[LesionReport, ...], fol
     fixed = {*VOLUME_COLUMNS, *_SUBTYPE_COLUMNS.values()}
     return CaseRow(
         case_id=cells["case_id"],
-        status=cells["status"],
+        status=cast(CaseStatus, cells["status"]),
         error=cells["error"],
         flags=tuple(cells["flags"].split(";")) if cells["flags"] else (),
         image=_absolute(cells["image"], folder),

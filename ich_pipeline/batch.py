@@ -1,0 +1,93 @@
+"""Many cases: reading, network and writing overlap, failures stay apart, every case keeps its row."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from ich_pipeline.errors import IchError
+from ich_pipeline.pipeline import Pipeline
+from ich_pipeline.records import CaseRecord
+from ich_pipeline.report import CaseRow, write_tables
+
+log = logging.getLogger(__name__)
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong in one line: our own error behind what a library wrapped around it, or the error's type."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, IchError):
+            return " ".join(str(cause).split())
+        cause = cause.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def failed_row(case: CaseRecord, error: BaseException) -> CaseRow:
+    """The row of a case that could not be done: no numbers, the reason in words."""
+    log.debug("%s failed", case.case_id, exc_info=error)
+    return CaseRow(case_id=case.case_id, status="failed", error=reason(error), image=case.image)
+
+
+def run_batch(
+    cases: Sequence[CaseRecord],
+    pipeline: Pipeline,
+    table: Path,
+    *,
+    done: Iterable[CaseRow] = (),
+    on_row: Callable[[CaseRow], None] = lambda row: None,
+) -> list[CaseRow]:
+    """Run every case that is not done yet; the tables are rewritten after each, so a kill loses none.
+
+    While the network works on one case the next is read and the one before is written. Three cases are in memory.
+
+    Args:
+        cases: with unique ids.
+        pipeline: the three steps.
+        table: `volumes.csv`.
+        done: rows of an earlier run of the same command, kept as they are.
+        on_row: called for every new row, in order.
+
+    Returns:
+        Rows in the order of `cases`.
+    """
+    rows = {row.case_id: row for row in done}
+    todo = [case for case in cases if case.case_id not in rows]
+    order = [case.case_id for case in cases]
+
+    def keep(case: CaseRecord, finished: Future[CaseRow] | BaseException, started: float) -> None:
+        try:
+            if isinstance(finished, BaseException):
+                raise finished
+            row = finished.result()
+        except Exception as error:
+            row = failed_row(case, error)
+        row = replace(row, seconds=time.perf_counter() - started)
+        rows[case.case_id] = row
+        pipeline.report.add_case(case.case_id, row.status, error=row.error or None)
+        write_tables(table, [rows[case_id] for case_id in order if case_id in rows])
+        on_row(row)
+
+    with ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
+        ahead = [reading.submit(pipeline.read, case) for case in todo[:1]]
+        behind: tuple[CaseRecord, Future[CaseRow] | BaseException, float] | None = None
+        for n, case in enumerate(todo):
+            started = time.perf_counter()
+            loading = ahead.pop()
+            pipeline.report.add_input(case.image)
+            try:
+                loaded = loading.result()
+                ahead += [reading.submit(pipeline.read, following) for following in todo[n + 1 : n + 2]]
+                finishing: Future[CaseRow] | BaseException = writing.submit(pipeline.finish, pipeline.segment(loaded))
+            except Exception as error:
+                if not ahead:
+                    ahead += [reading.submit(pipeline.read, following) for following in todo[n + 1 : n + 2]]
+                finishing = error
+            if behind:
+                keep(*behind)
+            behind = (case, finishing, started)
+        if behind:
+            keep(*behind)
+    return [rows[case_id] for case_id in order]

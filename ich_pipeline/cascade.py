@@ -1,0 +1,164 @@
+"""Coarse-to-fine inference: stage one finds regions, stage two looks at them (Xu et al., section 4.1)."""
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+
+import cc3d
+import numpy as np
+import torch
+from monai.inferers import Inferer, SlidingWindowInferer
+from torch import nn
+from torch.nn import functional as F
+
+from ich_pipeline.errors import ConfigError
+from ich_pipeline.networks.cascade_unet import CascadeUNet, Window, window_around
+
+MODES = ("fast", "full")
+
+
+class CascadeInferer(Inferer):
+    """Both stages over one head.
+
+    `mode="fast"`: stage one takes the whole head in one window, stage two one window a region. `mode="full"`: the
+    published sliding window for both stages over everything (with a network that resizes, stage two still takes the
+    region only, as published). When stage one finds nothing, stage two looks at the whole head.
+
+    Args:
+        roi_size: sliding window in (slices, rows, columns); published 16 x 320 x 320.
+        overlap: share of a window that the next one covers again; published one half.
+        blending: `gaussian` or `constant` (published: plain average) weights where windows overlap.
+        mode: `fast` or `full`.
+        coarse_threshold: probability above which stage one's voxel belongs to a region.
+        mirror_axes: spatial axes of test-time mirroring (2 is left-right); every combination is averaged.
+        sw_batch_size: windows in one forward pass.
+    """
+
+    def __init__(
+        self,
+        roi_size: Sequence[int] = (16, 320, 320),
+        overlap: float = 0.5,
+        blending: str = "constant",
+        mode: str = "full",
+        coarse_threshold: float = 0.5,
+        mirror_axes: Sequence[int] = (),
+        sw_batch_size: int = 1,
+    ) -> None:
+        if mode not in MODES:
+            raise ConfigError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
+        self.mode = mode
+        self.coarse_threshold = coarse_threshold
+        self.mirror_axes = tuple(mirror_axes)
+        self.window = SlidingWindowInferer(
+            roi_size=roi_size, overlap=overlap, mode=blending, sw_batch_size=sw_batch_size
+        )
+
+    def __call__(self, inputs: torch.Tensor, network: CascadeUNet, *args: object, **kwargs: object) -> torch.Tensor:
+        """Foreground probability.
+
+        Args:
+            inputs: (B, 1, S, R, C) on the model grid, any size.
+            network: in evaluation mode.
+
+        Returns:
+            (B, 1, S, R, C) float32 in [0, 1]; exactly 0 where stage two did not look.
+        """
+        image = torch.as_tensor(inputs)  # MetaTensor bookkeeping costs more than some of the steps below
+        flips = [c for n in range(len(self.mirror_axes) + 1) for c in combinations(self.mirror_axes, n)]
+        total = torch.zeros_like(image)
+        for axes in flips:
+            dims = [axis + 2 for axis in axes]
+            for item in range(image.shape[0]):
+                score = self._one_head(image[item : item + 1].flip(dims), network)
+                total[item : item + 1] += score.flip(dims)
+        return total / len(flips)
+
+    def coarse_probability(self, image: torch.Tensor, network: CascadeUNet) -> torch.Tensor:
+        """Stage one's foreground probability of a padded head, on the model grid."""
+        reduced = network.reduce(image)
+        logits = self._slide(reduced, network.coarse_stage) if self.mode == "full" else network.coarse_stage(reduced)
+        return network.enlarge(_foreground(logits))
+
+    def _one_head(self, image: torch.Tensor, network: CascadeUNet) -> torch.Tensor:
+        shape = image.shape[2:]
+        image = _pad(image, network)
+        region = self.coarse_probability(image, network)[0, 0] > self.coarse_threshold
+        score = torch.zeros_like(image)
+        if self.mode == "full" and not network.resize:
+            score = _foreground(self._slide(image, network.fine_stage))
+        else:
+            for window in find_windows(region.cpu().numpy(), network):
+                part = _foreground(network.fine_in(image, window))
+                score[(..., *window)] = torch.maximum(score[(..., *window)], part)
+        return score[..., : shape[0], : shape[1], : shape[2]]
+
+    def _slide(self, image: torch.Tensor, stage: nn.Module) -> torch.Tensor:
+        return self.window(image, skip_air(stage, image))
+
+
+def _foreground(logits: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(logits.float(), dim=1)[:, 1:]
+
+
+def _pad(image: torch.Tensor, network: CascadeUNet) -> torch.Tensor:
+    """Pad the far ends with air (the image's minimum) so that both stages can halve it."""
+    scale = (1, network.coarse_scale, network.coarse_scale)
+    padding: list[int] = []
+    for n, d, s in zip(image.shape[2:], network.divisible, scale, strict=True):
+        padding = [0, -n % (d * s), *padding]
+    return F.pad(image, padding, value=float(image.min()))
+
+
+def find_windows(region: np.ndarray, network: CascadeUNet) -> list[Window]:
+    """Windows for stage two: one a 26-connected region, enlarged; those that overlap become one.
+
+    Args:
+        region: bool (S, R, C), what stage one found on the model grid.
+        network: says margin and what window sizes it can halve.
+
+    Returns:
+        Windows; the whole image when the region is empty or when windows would cover more than it.
+    """
+    whole: Window = (slice(0, region.shape[0]), slice(0, region.shape[1]), slice(0, region.shape[2]))
+    if not region.any():
+        return [whole]
+    boxes = cc3d.statistics(cc3d.connected_components(region, connectivity=26))["bounding_boxes"][1:]
+    windows = [
+        window_around([s.start for s in b], [s.stop for s in b], region.shape, network.margin, network.divisible)
+        for b in boxes
+    ]
+    merged: list[Window] = []
+    while windows:
+        window = windows.pop()
+        touching = next((other for other in merged if _overlap(window, other)), None)
+        if touching is None:
+            merged.append(window)
+            continue
+        merged.remove(touching)
+        low = [min(a.start, b.start) for a, b in zip(window, touching, strict=True)]
+        high = [max(a.stop, b.stop) for a, b in zip(window, touching, strict=True)]
+        windows.append(window_around(low, high, region.shape, (0, 0, 0), network.divisible))
+    covered = sum(int(np.prod([s.stop - s.start for s in w])) for w in merged)
+    return merged if covered < region.size else [whole]
+
+
+def _overlap(one: Window, other: Window) -> bool:
+    return all(a.start < b.stop and b.start < a.stop for a, b in zip(one, other, strict=True))
+
+
+def skip_air(stage: nn.Module, image: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Predictor for MONAI's sliding window that runs the stage only on windows with soft tissue in them.
+
+    After the brain window air and bone lie at the image's two ends, so what lies strictly between is soft tissue. A
+    window without any is certain background (logits 10 and -10).
+    """
+    low, high = image.min(), image.max()
+
+    def predict(windows: torch.Tensor) -> torch.Tensor:
+        keep = ((windows > low) & (windows < high)).flatten(1).any(dim=1)
+        logits = torch.full((windows.shape[0], 2, *windows.shape[2:]), -10.0, device=windows.device)
+        logits[:, 0] = 10.0
+        if keep.any():
+            logits[keep] = stage(windows[keep]).float()
+        return logits
+
+    return predict

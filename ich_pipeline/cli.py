@@ -1,0 +1,229 @@
+"""The command line: parse, call one function, set the exit status. Nothing heavy is imported before it is needed."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ich_pipeline import __version__
+from ich_pipeline.errors import ConfigError, IchError
+
+OK, SOME_FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(no_args_is_help=True, help="Tables of cases (manifests).", rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+Words = Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]...", help="settings of the run or of the bundle")]
+ScansAndWords = Annotated[
+    list[str], typer.Argument(metavar="SCANS... [KEY=VALUE]...", help="NIfTI files, folders, DICOM series, manifests")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"ich-pipeline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr, tracebacks too.")] = False,
+) -> None:
+    """Segment and measure intracranial hemorrhage on non-contrast head CT. Research use only.
+
+    Settings are given as key=value and reach any key of a bundle's config (nested keys with a dot); values are YAML.
+    """
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+
+
+def split_words(words: list[str]) -> tuple[list[Path], list[str]]:
+    """Part scans from settings: what exists is a path, whatever it contains; else `key=value` is a setting.
+
+    Raises:
+        ConfigError: a word that is neither.
+    """
+    scans, settings = [], []
+    for word in words:
+        if Path(word).exists():
+            scans.append(Path(word))
+        elif "=" in word:
+            settings.append(word)
+        else:
+            raise ConfigError(f"{word}: no such file or folder")
+    return scans, settings
+
+
+@app.command()
+def segment(
+    words: ScansAndWords,
+    out: Annotated[Path, typer.Option("--out", help="folder for masks, table and pictures")],
+) -> int:
+    """Segment scans: one mask a scan, on the scan's own grid, and the table volumes.csv beside them.
+
+    Example: ich-pipeline segment scans/ --out masks bundle=runs/cascade3d/bundle engine=openvino
+    """
+    from ich_pipeline import commands
+
+    scans, settings = split_words(words)
+    return commands.segment(scans, out, out / "volumes.csv", commands.Settings.of(settings))
+
+
+@app.command()
+def volume(
+    words: ScansAndWords,
+    out: Annotated[Path, typer.Option("--out", help="the table; masks, pictures and run.json go beside it")],
+    masks: Annotated[bool, typer.Option("--masks", help="SCANS are masks: only measure them")] = False,
+) -> int:
+    """Measure bleeds: segment scans, then voxel volume beside ABC/2 and Tada; or measure masks that exist.
+
+    Example: ich-pipeline volume scans/ --out volumes.csv bundle=runs/cascade3d/bundle
+
+    Example: ich-pipeline volume masks/ --masks --out volumes.csv
+    """
+    from ich_pipeline import commands
+
+    scans, words = split_words(words)
+    settings = commands.Settings.of(words)
+    if masks:
+        return commands.measure_masks(scans, out, settings)
+    return commands.segment(scans, out.parent / "masks", out, settings)
+
+
+@app.command()
+def train(words: Words) -> int:
+    """Train a bundle on a manifest; the trained bundle is in OUT/bundle.
+
+    Example: ich-pipeline train bundle=cascade3d data=phantoms/manifest.csv preset=cpu epochs=10
+
+    Example: ich-pipeline train bundle=cascade3d out=runs/cascade3d resume=true
+
+    Several GPUs: torchrun --nproc-per-node 2 -m ich_pipeline train bundle=cascade3d data=cases.csv
+    """
+    from ich_pipeline import commands
+
+    return commands.train(commands.Settings.of(words))
+
+
+@app.command()
+def evaluate(words: Words) -> int:
+    """Segment the labelled cases of a manifest and score the masks against the labels.
+
+    Example: ich-pipeline evaluate bundle=runs/cascade3d/bundle data=phantoms/manifest.csv split=test
+    """
+    from ich_pipeline import commands
+
+    return commands.evaluate(commands.Settings.of(words))
+
+
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Argument(help="folder for scans, labels and manifest")],
+    cases: Annotated[int, typer.Option(min=1, help="how many")] = 24,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same bytes")] = 0,
+    background: Annotated[Path | None, typer.Option(help="put the hemorrhages into this real scan")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="processes")] = 2,
+) -> int:
+    """Make synthetic head CTs with hemorrhages, labels and a manifest.
+
+    Example: ich-pipeline phantom phantoms --cases 24 --seed 0
+    """
+    from tqdm import tqdm
+
+    from ich_pipeline.phantom import write_dataset
+
+    with tqdm(total=cases, desc="phantoms", unit="case", file=sys.stderr) as bar:
+        manifest = write_dataset(
+            out, cases, seed, background=background, jobs=jobs, on_case=lambda case_id: bar.update()
+        )
+    print(manifest)
+    return OK
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for everything the demo makes")] = Path("demo"),
+    cases: Annotated[int, typer.Option(min=6, help="synthetic scans to make")] = 40,
+    seed: Annotated[int, typer.Option(help="of phantoms and training")] = 0,
+) -> int:
+    """Run the whole main job on synthetic scans: make, train, evaluate, measure, draw. Minutes on two CPU cores.
+
+    Example: ich-pipeline demo --out demo
+    """
+    from ich_pipeline.demo import run_demo
+
+    return run_demo(out, cases, seed)
+
+
+@app.command("bundles")
+def list_bundles(
+    json_: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+) -> int:
+    """List bundles: name, version, weights or none, description.
+
+    Example: ich-pipeline bundles --json
+    """
+    from ich_pipeline.commands import list_bundles
+
+    print(list_bundles(json_))
+    return OK
+
+
+@data_app.command("index")
+def data_index(
+    folder: Annotated[Path, typer.Argument(help="the data set as it was downloaded")],
+    dataset: Annotated[str, typer.Option("--dataset", help="its layout")],
+    out: Annotated[Path | None, typer.Option("--out", help="the manifest; by default FOLDER/manifest.csv")] = None,
+    seed: Annotated[int, typer.Option(help="of the split")] = 0,
+) -> int:
+    """Make a manifest of a downloaded data set; cases without a split are split 70/10/20 by patient.
+
+    Example: ich-pipeline data index Task01 --dataset nnunet --out cases.csv
+    """
+    from ich_pipeline.manifest import index_folder, split_by_patient, write_manifest
+
+    records = index_folder(folder, dataset)
+    if not any(record.split for record in records):
+        records = split_by_patient(records, {"train": 0.7, "val": 0.1, "test": 0.2}, seed)
+    target = out or folder / "manifest.csv"
+    write_manifest(target, records)
+    print(target)
+    return OK
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 all done, 1 some cases failed, 2 the call was wrong, 130 interrupted."""
+    try:
+        status = app(args=argv, prog_name="ich-pipeline", standalone_mode=False)
+    except IchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = WRONG_CALL
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        status = INTERRUPTED
+    except Exception as error:
+        status = _usage(error)
+    sys.exit(status if isinstance(status, int) else OK)
+
+
+def _usage(error: Exception) -> int:
+    """Exit status of a call that typer's parser refused; any other error goes on.
+
+    typer carries its own copy of click, so its exceptions are known by what they can do.
+    """
+    show = getattr(error, "show", None)
+    if show is None:
+        raise error
+    show()
+    return WRONG_CALL

@@ -1,0 +1,313 @@
+"""What each command does, after its words were parsed and before its exit status is set."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ich_pipeline import bundles
+from ich_pipeline.bundles import Bundle, Config
+from ich_pipeline.errors import ConfigError
+from ich_pipeline.files import atomic_path
+from ich_pipeline.records import CaseRecord
+from ich_pipeline.report import CaseRow, read_rows, write_tables
+from ich_pipeline.run_report import RunReport
+
+TRAIN_CONFIGS = ("inference", "train", "evaluate")
+# Folder of fetched models; they are checked against their hash at every use.
+CACHE = Path.home() / ".cache" / "ich-pipeline" / "bundles"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A command's `key=value` words: those of the run, and those of the bundle's config."""
+
+    run: Config
+    overrides: Config
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> "Settings":
+        """Part the words; defaults come from `configs/run.yaml`.
+
+        Raises:
+            ConfigError: not key=value, or a key given twice.
+        """
+        run = bundles.read_yaml(bundles.resource("configs") / "run.yaml")
+        given = bundles.parse_overrides(words)
+        own = {key: given.pop(key) for key in list(given) if key in run}
+        return cls({**run, **own}, given)
+
+    def bundle(self) -> Bundle:
+        """The bundle that was named.
+
+        Raises:
+            ConfigError: none was named, or it does not exist.
+        """
+        name = self.run["bundle"]
+        if name is None:
+            raise ConfigError(f"which bundle? Give bundle=NAME; known: {', '.join(bundles.all_bundles())}")
+        if str(name).startswith(("models:/", "runs:/")) and not Path(name).exists():
+            from ich_pipeline.tracking import fetch_bundle
+
+            return Bundle(fetch_bundle(name, tracking_uri=self.run["tracking_uri"], cache=CACHE))
+        return bundles.find_bundle(str(name))
+
+    def preset(self, bundle: Bundle) -> str | None:
+        """The preset to apply: `auto` is gpu or cpu by what this machine has.
+
+        A bundle with weights was trained with its settings and takes none unless one is named.
+        """
+        choice = self.run["preset"]
+        if choice != "auto":
+            return None if choice is None else str(choice)
+        if bundle.weights or not bundle.overlays("presets"):
+            return None
+        import torch
+
+        return "gpu" if torch.cuda.is_available() else "cpu"
+
+    def config(self, bundle: Bundle, *names: str) -> dict[str, Config]:
+        """The bundle's configs with variant, preset and overrides.
+
+        Raises:
+            ConfigError: an unknown key; names of run settings are offered as well.
+        """
+        try:
+            # Without a preset first: a wrong key is refused before PyTorch is imported to see whether there is a GPU.
+            bundles.resolve(bundle, names, self.overrides, None)
+            return bundles.resolve(bundle, names, self.overrides, self.preset(bundle))
+        except ConfigError as error:
+            unknown = [key for key in self.overrides if f"no key '{key}'" in str(error)]
+            near = bundles.near_names(unknown[0], self.run) if unknown else []
+            raise ConfigError(f"{error} (or {near[0]}= of the run)") if near else error from None
+
+
+def list_bundles(as_json: bool) -> str:
+    """Every bundle: name, version, weights or none, description."""
+    found = [bundle.describe() for bundle in bundles.all_bundles().values()]
+    if as_json:
+        return json.dumps(found, indent=2)
+    lines = [
+        f"{b['name']:<22} {b['version']:<8} {'weights ' + b['weights'][:8] if b['weights'] else 'no weights':<17} "
+        f"{b['description']}"
+        for b in found
+    ]
+    return "\n".join(lines)
+
+
+def segment(scans: Sequence[Path], masks: Path, table: Path, settings: Settings) -> int:
+    """Segment scans, measure the masks, write table and run report.
+
+    Args:
+        scans: files, folders, manifests.
+        masks: folder of the masks.
+        table: `volumes.csv`; `lesions.csv`, `run.json` and the pictures go beside it.
+        settings: names the bundle.
+
+    Returns:
+        0 when every case is ok, else 1.
+
+    Raises:
+        ConfigError: wrong settings, or `table` belongs to a run with other settings.
+        ReadError: no scans there.
+    """
+    from ich_pipeline.reading import find_scans
+
+    bundle = settings.bundle()
+    config = settings.config(bundle, "inference")["inference"]
+    cases = find_scans(scans)
+    return segment_cases(cases, bundle, config, masks, table, settings)
+
+
+def segment_cases(
+    cases: Sequence[CaseRecord], bundle: Bundle, config: Config, masks: Path, table: Path, settings: Settings
+) -> int:
+    """`segment` for cases that were found already."""
+    from ich_pipeline.batch import run_batch
+    from ich_pipeline.inference import Segmenter
+    from ich_pipeline.pipeline import Pipeline
+
+    report = RunReport({"run": settings.run, "inference": config})
+    done = _done_before(table, cases, {"run": settings.run, "inference": config}, bundle)
+    with report.stage("start"):
+        segmenter = Segmenter(bundle, config)
+    report.bundle = {"name": bundle.name, "version": bundle.metadata["version"], "sha256": segmenter.weights_sha256}
+    pictures = table.parent / "pictures" if settings.run["pictures"] else None
+    pipeline = Pipeline(segmenter, masks, pictures, report)
+    report.write(table.parent / "run.json")
+    try:
+        with tqdm(total=len(cases), initial=len(done), desc="scans", unit="scan", file=sys.stderr) as bar:
+            rows = run_batch(cases, pipeline, table, done=done, on_row=lambda row: _shown(bar, row))
+    finally:
+        report.bundle |= segmenter.engine
+        report.write(table.parent / "run.json")
+    status = int(any(row.status == "failed" for row in rows))
+    report.write(table.parent / "run.json", exit_status=status)
+    return status
+
+
+def measure_masks(masks: Sequence[Path], table: Path, settings: Settings) -> int:
+    """Measure masks that exist: a row a mask, a row a lesion."""
+    from ich_pipeline.batch import failed_row
+    from ich_pipeline.reading import find_scans, read_mask
+    from ich_pipeline.volumetry import measure
+
+    if settings.overrides or settings.run["bundle"]:
+        raise ConfigError("--masks measures masks that exist: it takes no bundle and none of its keys")
+    report = RunReport({"run": settings.run})
+    rows = []
+    for case in tqdm(find_scans(masks), desc="masks", unit="mask", file=sys.stderr):
+        report.add_input(case.image)
+        try:
+            with report.stage("read", case.case_id):
+                mask, _ = read_mask(case.image, case.case_id)
+            with report.stage("measure", case.case_id):
+                volumes = measure(case.case_id, mask)
+            rows.append(CaseRow(case_id=case.case_id, status="ok", mask=case.image, report=volumes))
+        except Exception as error:
+            rows.append(failed_row(case, error))
+        report.add_case(case.case_id, rows[-1].status, error=rows[-1].error or None)
+    write_tables(table, rows)
+    status = int(any(row.status == "failed" for row in rows))
+    report.write(table.parent / "run.json", exit_status=status)
+    return status
+
+
+def _shown(bar: Any, row: CaseRow) -> None:
+    bar.update()
+    if row.status == "failed":
+        bar.write(f"{row.case_id}: {row.error}", file=sys.stderr)
+
+
+def _done_before(table: Path, cases: Sequence[CaseRecord], config: Mapping[str, Any], bundle: Bundle) -> list[CaseRow]:
+    """Rows of an earlier run of the same command that need not be done again.
+
+    Raises:
+        ConfigError: the table is of a run with other settings, other weights or other scans under the same ids.
+    """
+    run_file = table.parent / "run.json"
+    if config["run"]["overwrite"] or not table.is_file():
+        return []
+    before = json.loads(run_file.read_text()) if run_file.is_file() else {}
+    now = {"config": json.loads(json.dumps(config)), "weights": bundle.metadata["weights_sha256"]}
+    then = {"config": before.get("config"), "weights": (before.get("bundle") or {}).get("sha256")}
+    if now != then:
+        raise ConfigError(
+            f"{table} is of a run with other settings or weights. Give another --out, or overwrite=true to replace it."
+        )
+    sources = {case.case_id: case.image for case in cases}
+    rows = [row for row in read_rows(table) if row.status == "ok" and row.mask and row.mask.is_file()]
+    other = [row.case_id for row in rows if row.case_id in sources and row.image != sources[row.case_id]]
+    if other:
+        raise ConfigError(
+            f"{table}: {other[0]} is another scan there ({len(other)} in all). Give another --out, or overwrite=true."
+        )
+    return [row for row in rows if row.case_id in sources]
+
+
+def train(settings: Settings) -> int:
+    """Write the run's own bundle with every setting in it, train it, track it, register it.
+
+    The trained bundle is `OUT/bundle`; `python -m monai.bundle run` on its `train.yaml` is the same training.
+
+    Returns:
+        0; a training that fails raises.
+
+    Raises:
+        ConfigError: wrong settings, or `out` holds a run and neither resume nor overwrite was asked for.
+    """
+    source, resume = settings.bundle(), bool(settings.overrides.get("resume"))
+    if not resume:
+        settings.config(source, *TRAIN_CONFIGS)
+
+    from ich_pipeline import tracking
+    from ich_pipeline.manifest import read_manifest
+    from ich_pipeline.training import prepare_run, rank, several_processes, train_bundle
+
+    out = Path(settings.run["out"] or Path("runs") / source.name)
+    with several_processes(settings.overrides.get("device", "auto")):
+        if rank() == 0:
+            prepare_run(source, settings, out, resume=resume)
+    bundle = bundles.find_bundle(str(out / "bundle"))
+    config = bundle.config("train")
+    report = RunReport({"run": settings.run, "train": config}, seeds={"seed": config["seed"]})
+    manifest = Path(config["data"])
+    report.add_input(manifest)
+    run_id_file, status = out / "mlflow_run_id", 1
+    tracker = tracking.open_tracker(
+        settings.run["tracking"] is not False and rank() == 0,
+        tracking_uri=settings.run["tracking_uri"],
+        experiment=settings.run["experiment"],
+        run_name=settings.run["run_name"] or f"train {bundle.name}",
+        resume_run_id=run_id_file.read_text().strip() if resume and run_id_file.is_file() else None,
+        folder=Path.cwd(),
+        patient_ids=[case.patient_id for case in read_manifest(manifest)],
+    )
+    try:
+        with tracker as run:
+            if run.run_id:
+                with atomic_path(run_id_file) as temporary:
+                    temporary.write_text(run.run_id)
+            run.set_tags(tracking.provenance_tags(manifest=manifest, seeds={"seed": config["seed"]}))
+            run.log_params(config)
+            result = train_bundle(bundle, report)
+            if rank() == 0:
+                print(f"best validation Dice {result.best_metric:.3f} in epoch {result.best_epoch}: {bundle.path}")
+                version = run.register_bundle(
+                    bundle.path, bundle.name, metric_name="val_mean_dice", metric=result.best_metric
+                )
+                if version:
+                    print(f"registered as models:/{bundle.name}/{version}")
+        status = 0
+    finally:
+        if rank() == 0:
+            report.bundle = {"name": bundle.name, "sha256": bundle.metadata["weights_sha256"]}
+            report.write(out / "run.json", exit_status=status)
+    return status
+
+
+def evaluate(settings: Settings) -> int:
+    """Segment the labelled cases of a manifest's split, compare with their labels, write tables and plots.
+
+    Returns:
+        0 when every case is ok, else 1.
+
+    Raises:
+        ConfigError: wrong settings.
+        ManifestError: the manifest cannot be used, or has no labelled case in the split.
+    """
+    from ich_pipeline.evaluation import compare, labelled_cases, write_evaluation
+
+    bundle = settings.bundle()
+    configs = settings.config(bundle, "inference", "evaluate")
+    manifest, split = configs["evaluate"]["data"], settings.run["split"]
+    cases = labelled_cases(manifest, split)
+    out = Path(settings.run["out"] or Path("evaluation") / bundle.name)
+    status = segment_cases(cases, bundle, configs["inference"], out / "masks", out / "volumes.csv", settings)
+    evaluation = compare(cases, out / "volumes.csv")
+    summary = write_evaluation(evaluation, out)
+    print(summary)
+    if settings.run["tracking"] is not False:
+        from ich_pipeline import tracking
+
+        with tracking.open_tracker(
+            True,
+            tracking_uri=settings.run["tracking_uri"],
+            experiment=settings.run["experiment"],
+            run_name=settings.run["run_name"] or f"evaluate {bundle.name} {split}",
+            folder=Path.cwd(),
+            patient_ids=[case.patient_id for case in cases],
+        ) as run:
+            run.set_tags(tracking.provenance_tags(manifest=Path(manifest)) | {"split": split, "bundle": bundle.name})
+            run.log_params(configs["inference"])
+            run.log_metrics(evaluation.metrics(), step=0)
+            for table in ("evaluation.csv", "volumes.csv"):
+                run.log_table(out / table)
+            for case_id in evaluation.worst_and_best():
+                if (out / "pictures" / f"{case_id}.png").is_file():
+                    run.log_artifact(out / "pictures" / f"{case_id}.png", "pictures")
+    return status

@@ -1,0 +1,119 @@
+"""A bundle made ready, and one scan through it: scan in, native mask and native probability out."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monai.bundle import ConfigParser
+from monai.transforms import AsDiscreted, Compose, SaveImaged
+from numpy.typing import NDArray
+
+from ich_pipeline.bundles import Bundle
+from ich_pipeline.engines import check_hash, pick_device
+from ich_pipeline.errors import ConfigError
+from ich_pipeline.reading import find_scans
+from ich_pipeline.records import CaseRecord, NativeMask, Scan
+from ich_pipeline.transforms import scan_of
+
+
+def items(scans: str | Sequence[str]) -> list[dict[str, str]]:
+    """Files, folders or manifests as the data list of a MONAI dataset: `[{"image": path}, ...]`."""
+    given = [scans] if isinstance(scans, str) else scans
+    return [{"image": str(case.image)} for case in find_scans([Path(s) for s in given])]
+
+
+# Gives a context in which the seconds of one named stage are counted (`RunReport.stage`).
+Stage = Callable[[str], AbstractContextManager[None]]
+
+
+def no_stage(name: str) -> AbstractContextManager[None]:
+    """A stage that nobody counts."""
+    return nullcontext()
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A scan, and its MONAI dictionary on the model grid."""
+
+    scan: Scan
+    data: dict[Hashable, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a bundle says of one scan.
+
+    Attributes:
+        scan: as it was read.
+        mask: uint8 0 or 1 on the scan's grid.
+        probability: (I, J, K) float32 on the scan's grid, before the threshold.
+    """
+
+    scan: Scan
+    mask: NativeMask
+    probability: NDArray[np.float32]
+
+
+class Segmenter:
+    """A bundle's preprocessing, network, inferer and postprocessing, built once from its `inference.yaml`.
+
+    The config's own `SaveImaged` is left out, as MONAI Label does: the caller decides where masks go.
+
+    Args:
+        bundle: with weights.
+        config: `inference.yaml` with overrides applied (`bundles.resolve`).
+
+    Raises:
+        ConfigError: no weights, a wrong hash, or a config that does not build.
+    """
+
+    def __init__(self, bundle: Bundle, config: Mapping[str, Any]) -> None:
+        if bundle.weights is None:
+            raise ConfigError(
+                f"{bundle.name} has no weights. Train it (ich-pipeline train bundle={bundle.name} data=MANIFEST) or "
+                "name the folder of a trained bundle."
+            )
+        self.bundle = bundle
+        self.weights_sha256 = check_hash(bundle.weights)
+        parser = ConfigParser({**config, "bundle_root": str(bundle.path)})
+        self.device = pick_device(parser.get_parsed_content("device"))
+        self.network = parser.get_parsed_content("network")
+        self.inferer = parser.get_parsed_content("inferer")
+        self.reading, *rest = parser.get_parsed_content("preprocessing").transforms
+        self.preprocessing = Compose(rest)
+        steps = parser.get_parsed_content("postprocessing").transforms
+        cut = next(n for n, step in enumerate(steps) if isinstance(step, AsDiscreted))
+        self.restoring = Compose(steps[:cut])
+        self.thresholding = Compose([step for step in steps[cut:] if not isinstance(step, SaveImaged)])
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """Device, engine and precision in use, for the run report."""
+        return {"device": str(self.device), **getattr(self.inferer, "in_use", {})}
+
+    def read(self, case: CaseRecord, stage: Stage = no_stage) -> Loaded:
+        """Read a scan and take it to the model grid.
+
+        Raises:
+            ReadError: not a head CT that can be read whole.
+            GeometryError: its grid is broken or implausible.
+        """
+        with stage("read"):
+            data = self.reading({"image": str(case.image)})
+            scan = scan_of(data["image"], case)
+        with stage("preprocess"):
+            return Loaded(scan, self.preprocessing(data))
+
+    def segment(self, loaded: Loaded, stage: Stage = no_stage) -> Prediction:
+        """Run the network over a scan that was read, and bring its scores back."""
+        data = dict(loaded.data)
+        with stage("network"):
+            data["pred"] = self.inferer(data["image"][None].to(self.device), self.network)[0].cpu()
+        with stage("restore"):
+            data = self.restoring(data)
+            probability = np.asarray(data["pred"][0])
+            mask = np.asarray(self.thresholding(data)["pred"][0]).astype(np.uint8)
+            return Prediction(loaded.scan, NativeMask(mask, loaded.scan.grid), probability)

@@ -1,0 +1,1 @@
+"""Architectures that MONAI lacks, one a file."""
