@@ -76,7 +76,7 @@ def test_300_lesions_sum_up() -> None:
     places = [(i, j, k) for k in range(1, 31, 3) for i in range(2, 60, 10) for j in range(2, 60, 12)]
     rng = np.random.default_rng(0)
     for i, j, k in places:
-        mask.values[i : i + rng.integers(1, 8), j : j + rng.integers(1, 8), k : k + rng.integers(1, 2)] = True
+        mask.values[i : i + rng.integers(1, 8), j : j + rng.integers(1, 8), k] = True
     report = measure("many", mask)
     assert report.n_lesions == len(places) == 300
     assert sum(lesion.volume_ml for lesion in report.lesions) == pytest.approx(report.volume_ml)
@@ -85,7 +85,7 @@ def test_300_lesions_sum_up() -> None:
     volumes = [lesion.volume_ml for lesion in report.lesions]
     assert volumes == sorted(volumes, reverse=True)
     assert [lesion.lesion for lesion in report.lesions] == list(range(1, 301))
-    assert report.abc2_ml > 10 * report.abc2_lesions_sum_ml, "one object that spans the head"
+    assert report.abc2_ml > 5 * report.abc2_lesions_sum_ml, "one object that spans the head"
 
 
 def test_corners_connect_lesions() -> None:
@@ -170,7 +170,7 @@ def test_values_without_a_subtype_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.int16])
 def test_only_masks_are_measured(dtype: type) -> None:
     grid = make_grid((5, 5, 5))
-    with pytest.raises(TypeError, match="case7: mask of .*expected bool or uint8"):
+    with pytest.raises(TypeError, match=r"case7: mask of .*expected bool or uint8"):
         measure("case7", NativeMask(np.ones(grid.shape, dtype), grid))
 
 
