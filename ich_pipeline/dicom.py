@@ -27,14 +27,34 @@ ENHANCED_CT_CLASSES = {
     "1.2.840.10008.5.1.4.1.1.2.2": "Legacy Converted Enhanced CT Image Storage",
 }
 NO_SLICE_TYPES = {"LOCALIZER", "SCREEN SAVE"}  # ImageType values of CT images that are no part of a stack
-REQUIRED = (
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "PixelSpacing",
-    "Rows",
-    "Columns",
-    "RescaleSlope",
-    "RescaleIntercept",
+REQUIRED = {  # element: how many numbers it holds
+    "ImagePositionPatient": 3,
+    "ImageOrientationPatient": 6,
+    "PixelSpacing": 2,
+    "Rows": 1,
+    "Columns": 1,
+    "RescaleSlope": 1,
+    "RescaleIntercept": 1,
+    "BitsAllocated": 1,
+    "BitsStored": 1,
+    "HighBit": 1,
+    "PixelRepresentation": 1,
+}
+OPTIONAL = (
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "ImageType",
+    "NumberOfFrames",
+    "SamplesPerPixel",
+    "RescaleType",
+    "PixelPaddingValue",
+    "PixelPaddingRangeLimit",
+    "AcquisitionNumber",
+    "SeriesNumber",
+    "SliceThickness",
+    "ConvolutionKernel",
 )
 SAME_POSITION_MM = 0.01
 # Steps are one step when none differs from another by more than the larger of these; scanners jitter by 0.01 mm.
@@ -44,6 +64,7 @@ SPACING_TOLERANCE = 1e-3
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # A padding value that is a tissue value in HU cannot be told from tissue.
 TISSUE_ABOVE_HU = -300
+INT16 = np.iinfo(np.int16)
 HEADER_KIB = "16 KB"  # elements above this, the pixels, are read when asked for
 
 
@@ -55,7 +76,6 @@ class Slices:
         datasets: one a slice; pixels are read when asked for.
         normal: unit vector, row direction x column direction, LPS.
         positions_lps_mm: (K, 3) ImagePositionPatient.
-        distances_mm: (K,) positions along the normal, rising.
         flags: `duplicate_slices`, `secondary_image`.
     """
 
@@ -192,7 +212,10 @@ def _pick_series(case_id: str, folder: Path) -> tuple[list[Any], tuple[str, ...]
 
 def _read_dataset(case_id: str, path: Path) -> Any:
     try:
-        return pydicom.dcmread(path, defer_size=HEADER_KIB)
+        dataset = pydicom.dcmread(path, defer_size=HEADER_KIB)
+        for name in (*REQUIRED, *OPTIONAL):
+            dataset.get(name)  # values are parsed when asked for, so damage shows here and nowhere later
+        return dataset
     except Exception as error:  # pydicom raises many kinds on damaged files
         raise ReadError(f"{case_id}: {path.name} cannot be read as DICOM ({error}). Copy it again.") from error
 
@@ -224,15 +247,24 @@ def _describe_series(datasets: Sequence[Any]) -> str:
 
 
 def _check_headers(case_id: str, datasets: Sequence[Any]) -> None:
-    for name in REQUIRED:
-        missing = sum(d.get(name) in (None, "") or len(np.atleast_1d(d.get(name))) == 0 for d in datasets)
+    for name, n_numbers in REQUIRED.items():
+        missing = sum(not _holds_numbers(d, name, n_numbers) for d in datasets)
         if missing:
-            raise ReadError(f"{case_id}: {missing} of {len(datasets)} slices have no {name}. Export the series again.")
+            raise ReadError(
+                f"{case_id}: {missing} of {len(datasets)} slices have no {name}, expected {n_numbers} finite numbers. "
+                "Export the series again."
+            )
     _require_one(case_id, "matrix", [(d.Rows, d.Columns) for d in datasets], 0)
     _require_one(case_id, "PixelSpacing", [tuple(d.PixelSpacing) for d in datasets], SPACING_TOLERANCE)
     orientations = [tuple(d.ImageOrientationPatient) for d in datasets]
     _require_one(case_id, "ImageOrientationPatient", orientations, DIRECTION_TOLERANCE)
     for dataset in datasets:
+        bits = int(dataset.BitsStored), int(dataset.HighBit) + 1, int(dataset.BitsAllocated)
+        if not 1 <= bits[0] <= bits[1] <= bits[2] <= 32 or dataset.PixelRepresentation not in (0, 1):
+            raise ReadError(
+                f"{case_id}: BitsStored, HighBit + 1, BitsAllocated are {bits} and PixelRepresentation "
+                f"{dataset.PixelRepresentation}, expected rising numbers up to 32, and 0 or 1. Export the series again."
+            )
         kind = str(dataset.get("RescaleType") or "HU")
         if kind != "HU":
             raise ReadError(f"{case_id}: RescaleType {kind}, expected HU. Export the CT in Hounsfield units.")
@@ -240,6 +272,14 @@ def _check_headers(case_id: str, datasets: Sequence[Any]) -> None:
             raise ReadError(
                 f"{case_id}: {dataset.SamplesPerPixel} samples a pixel (colour), expected 1. Export the CT."
             )
+
+
+def _holds_numbers(dataset: Any, name: str, n_numbers: int) -> bool:
+    try:
+        numbers = np.atleast_1d(np.asarray(dataset.get(name), dtype=np.float64))
+    except Exception:  # None, text, or what pydicom makes of damaged bytes
+        return False
+    return numbers.shape == (n_numbers,) and bool(np.isfinite(numbers).all())
 
 
 def _require_one(case_id: str, name: str, values: Sequence[Any], tolerance: float) -> None:
@@ -251,21 +291,19 @@ def _require_one(case_id: str, name: str, values: Sequence[Any], tolerance: floa
 
 
 def _directions(case_id: str, datasets: Sequence[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    orientation = np.array(datasets[0].ImageOrientationPatient, dtype=np.float64)
-    if orientation.shape == (6,):
-        row, column = orientation[:3], orientation[3:]
-        products = np.array([row @ row - 1, column @ column - 1, row @ column])
-        if (np.abs(products) <= DIRECTION_TOLERANCE).all():
-            return row, column
-    raise ReadError(
-        f"{case_id}: ImageOrientationPatient {orientation.tolist()}, expected two unit vectors at right angles. "
-        "Export the series again."
-    )
+    row, column = np.reshape(np.array(datasets[0].ImageOrientationPatient, dtype=np.float64), (2, 3))
+    products = np.array([row @ row - 1, column @ column - 1, row @ column])
+    if (np.abs(products) > DIRECTION_TOLERANCE).any():
+        raise ReadError(
+            f"{case_id}: ImageOrientationPatient {row.tolist()}, {column.tolist()}, expected two unit vectors at right "
+            "angles. Export the series again."
+        )
+    return row, column
 
 
 def _drop_copies(datasets: Sequence[Any]) -> tuple[list[Any], bool]:
     """One dataset for each SOPInstanceUID; images without one are all kept."""
-    kept = {d.get("SOPInstanceUID") or id(d): d for d in reversed(datasets)}
+    kept = {str(d.get("SOPInstanceUID") or id(d)): d for d in reversed(datasets)}
     return list(kept.values())[::-1], len(kept) < len(datasets)
 
 
@@ -317,18 +355,18 @@ def _stack_hu(slices: Slices) -> tuple[NDArray[np.generic], bool]:
     stack = np.empty((len(slices.datasets), int(first.Rows), int(first.Columns)), _exact_dtype(slices.datasets))
     padded = False
     for k, dataset in enumerate(slices.datasets):
-        stack[k], has_padding = _slice_hu(slices.case_id, dataset)
+        hu, has_padding = _slice_hu(slices.case_id, dataset)
+        stack[k] = np.maximum(hu, INT16.min)  # padding far below int16 stays padding
         padded |= has_padding
     return stack.transpose(2, 1, 0), padded
 
 
 def _exact_dtype(datasets: Sequence[Any]) -> type[np.generic]:
-    """int16 when no rescaled value of any slice can leave it or have a fraction."""
+    """int16 when no rescaled value of any slice can have a fraction or rise above it; below it is padding."""
     for d in datasets:
-        bits = int(d.BitsStored)
-        lowest, highest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if d.PixelRepresentation else (0, 2**bits - 1)
+        highest = 2 ** (int(d.BitsStored) - int(d.PixelRepresentation)) - 1
         slope, intercept = float(d.RescaleSlope), float(d.RescaleIntercept)
-        if slope != 1 or not intercept.is_integer() or lowest + intercept < -32768 or highest + intercept > 32767:
+        if slope != 1 or not intercept.is_integer() or highest + intercept > INT16.max:
             return np.float32
     return np.int16
 

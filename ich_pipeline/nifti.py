@@ -20,7 +20,7 @@ from ich_pipeline.errors import GeometryError, ReadError
 from ich_pipeline.geometry import Affine, Grid, grid_difference
 from ich_pipeline.records import NiftiForms
 
-GZIP_ERROR: type[Exception] = igzip_lib.error
+GZIP_ERROR: Any = igzip_lib.error
 SUFFIXES = (".nii.gz", ".nii", ".hdr", ".img")
 # 512 x 512 x 2048 voxels: twice the longest head scan, and what a gzip bomb may make us allocate at most.
 MAX_VOXELS = 2**29
@@ -194,7 +194,7 @@ def _shape_3d(case_id: str, raw: Any) -> tuple[int, int, int]:
 def _dtype(case_id: str, raw: Any) -> np.dtype[Any]:
     try:
         dtype = raw.get_data_dtype()
-    except HeaderDataError:
+    except (HeaderDataError, KeyError):  # nibabel means the first and raises the second
         dtype = np.dtype("V")
     if dtype.kind not in "iuf":
         raise ReadError(

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from ich_pipeline.agreement import LESION_BIN_NAMES, CaseAgreement, Estimate, Summary, VolumeAgreement
 from ich_pipeline.errors import ManifestError
