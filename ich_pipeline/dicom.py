@@ -403,7 +403,7 @@ def _stored(case_id: str, dataset: Any) -> NDArray[np.integer]:
         syntax = getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", None)
         raise ReadError(
             f"{case_id}: pixels of {Path(dataset.filename).name} cannot be decoded (transfer syntax "
-            f"{syntax.name if syntax else 'unknown'}): {error}. Export uncompressed, or copy the file again."
+            f"{getattr(syntax, 'name', syntax)}): {error}. Export uncompressed, or copy the file again."
         ) from error
     allocated, used = int(dataset.BitsAllocated), int(dataset.BitsStored)
     if used < allocated:
