@@ -168,7 +168,7 @@ def _head_box(image_hu: NDArray[Any]) -> Box:
         i, j, k = (slice(0, n) for n in image_hu.shape)
         return i, j, k
     i, j, k = (
-        slice(max(0, (side.start - 1) * step), min(n, (side.stop + 1) * step))
+        slice(max(0, (side.start - 1) * step), min(n, side.stop * step + 1))
         for side, n in zip(found, image_hu.shape, strict=True)
     )
     return i, j, k
@@ -181,18 +181,24 @@ def _choose_slices(view: _View, masks: Sequence[NativeMask], index_slice: int | 
     """
     across = view.axes[0]
     total = view.grid.shape[across]
-    boxes = [box for each in masks if (box := lesion_box(each.values))]
-    first = min((box[across].start for box in boxes), default=view.slices.start)
-    last = max((box[across].stop for box in boxes), default=view.slices.stop) - 1
-    if boxes and last - first + 1 <= n:
-        start = min(max(0, (first + last + 1 - n) // 2), max(0, total - n))
-        chosen = set(range(start, min(total, start + n)))
-    else:
-        chosen = set(np.linspace(first, last, min(n, last - first + 1)).round().astype(int).tolist())
-    if index_slice is not None and index_slice not in chosen:
-        chosen.remove(min(chosen, key=lambda k: abs(k - index_slice)))
-        chosen.add(index_slice)
-    return sorted(chosen, reverse=view.flips[0])
+
+    def turn(k: int) -> int:
+        """Slice index to height above the lowest slice, and back."""
+        return total - 1 - k if view.flips[0] else k
+
+    boxes = [box[across] for each in masks if (box := lesion_box(each.values))]
+    shown = slice(min(box.start for box in boxes), max(box.stop for box in boxes)) if boxes else view.slices
+    low, high = sorted((turn(shown.start), turn(shown.stop - 1)))
+    span = high - low + 1
+    if boxes and span <= n:
+        start = min(max(0, (low + high + 1 - n) // 2), max(0, total - n))
+        heights = set(range(start, min(total, start + n)))
+    else:  # the middles of n equal parts
+        heights = {low + int((part + 0.5) * span / n) for part in range(n)}
+    if index_slice is not None and (index_height := turn(index_slice)) not in heights:
+        heights.remove(min(heights, key=lambda height: abs(height - index_height)))
+        heights.add(index_height)
+    return [turn(height) for height in sorted(heights)]
 
 
 def _tile(view: _View, k: int, image_hu: NDArray[Any], mask: NativeMask, label: NativeMask | None) -> NDArray[np.uint8]:
@@ -244,11 +250,12 @@ def _mark_tile(
 
 
 def _write_caption(draw: "ImageDraw", width: int, case_id: str, numbers: str, colours: dict[str, int]) -> None:
-    """Case and numbers on the left; on the right what the colours mean, and the notice."""
+    """Case, notice and numbers; on the right what the colours mean."""
     below = _MARGIN_PX + _LINE_PX
     draw.text((_MARGIN_PX, _MARGIN_PX), case_id, fill=_WHITE, font=_font(17))
+    after_case = _MARGIN_PX + int(draw.textlength(case_id, font=_font(17))) + 16
+    draw.text((after_case, _MARGIN_PX + 3), NOTICE, fill=_DIM, font=_font(14))
     draw.text((_MARGIN_PX, below), numbers, fill=_WHITE, font=_font(14))
-    draw.text((width - _MARGIN_PX, below), NOTICE, fill=_DIM, font=_font(14), anchor="ra")
     x = width - _MARGIN_PX
     for name, colour in reversed(colours.items()):
         draw.text((x, _MARGIN_PX), name, fill=_WHITE, font=_font(14), anchor="ra")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 from ich_pipeline.agreement import LESION_BIN_NAMES, CaseAgreement, Estimate, Summary, VolumeAgreement
 from ich_pipeline.errors import ManifestError
@@ -16,7 +16,7 @@ from ich_pipeline.labels import Subtype
 from ich_pipeline.run_report import CaseStatus
 from ich_pipeline.volumetry import LesionReport, SubtypeMl, VolumeReport
 
-STATUSES = ("ok", "failed", "skipped")
+STATUSES = get_args(CaseStatus)
 LESIONS_NAME = "lesions.csv"
 
 _SUBTYPE_COLUMNS = {kind: f"volume_{kind.name.lower()}_ml" for kind in Subtype}

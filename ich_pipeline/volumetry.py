@@ -120,9 +120,9 @@ def _report(
         voxel_volume_mm3=grid.voxel_volume_mm3,
         touches_border=touches_border,
         gantry_tilt_deg=grid.tilt_deg,
-        abc2_lesions_sum_ml=sum(lesion.abc2_ml for lesion in lesions),
-        abc2_kothari_lesions_sum_ml=sum(lesion.abc2_kothari_ml for lesion in lesions),
-        tada_lesions_sum_ml=sum(lesion.tada_ml for lesion in lesions),
+        abc2_lesions_sum_ml=sum((lesion.abc2_ml for lesion in lesions), 0.0),
+        abc2_kothari_lesions_sum_ml=sum((lesion.abc2_kothari_ml for lesion in lesions), 0.0),
+        tada_lesions_sum_ml=sum((lesion.tada_ml for lesion in lesions), 0.0),
         subtype_ml=subtype_ml,
         lesions=lesions,
     )

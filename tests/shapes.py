@@ -46,9 +46,10 @@ def ellipsoid(
     centre_mm: tuple[float, float, float] = (0.0, 0.0, 0.0),
     turn_deg: float = 0.0,
 ) -> NativeMask:
-    """An ellipsoid with two axes in the slices, turned within them; axes from left to right, from back to front, across."""
+    """An ellipsoid with two axes in the slices, turned within them. Towards right, front, and across the slices."""
     left_right, front_back = sorted({0, 1, 2} - {grid.slice_axis}, key=lambda axis: -abs(grid.affine[0, axis]))
     frame, _ = np.linalg.qr(grid.affine[:3, [left_right, front_back, grid.slice_axis]])
+    frame *= np.sign(np.diag(frame))  # right, anterior, superior, whatever the order of storage
     turn = np.radians(turn_deg)
     frame[:, :2] = frame[:, :2] @ [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]
     index_to_body = frame.T @ grid.affine[:3, :3]
