@@ -35,17 +35,17 @@ def write_mask(path: Path | str, mask_native: NDArray[np.uint8], grid: Grid, for
         raise ValueError(f"{path.name}: mask of {mask_native.dtype}, expected uint8 or bool")
     if mask_native.shape != grid.shape:
         raise GeometryError(f"{path.name}: mask {mask_native.shape}, scan {grid.shape}. Restore it to the scan's grid.")
-    content = mask_header_block(grid, forms) + _fortran_bytes(mask_native)
+    content = _file_content(mask_header_block(grid, forms), mask_native)
     with atomic_path(path) as temporary:
         temporary.write_bytes(igzip.compress(content, compresslevel=1, mtime=0))
 
 
-def _fortran_bytes(mask: NDArray[np.generic]) -> bytes:
-    """Bytes in file order; only the rows with foreground are transposed, which takes a tenth of the time of them all."""
-    if not mask.flags.f_contiguous:
-        rows = np.flatnonzero(mask.any(axis=(1, 2)))
-        used = slice(rows[0], rows[-1] + 1) if rows.size else slice(0)
-        ordered = np.zeros(mask.shape, np.uint8, order="F")
-        ordered[used] = mask[used]
-        mask = ordered
-    return mask.tobytes(order="F")
+def _file_content(header: bytes, mask: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """Header and voxels in file order; transposing only the rows with foreground takes a tenth of the time."""
+    content = np.zeros(len(header) + mask.size, np.uint8)
+    content[: len(header)] = np.frombuffer(header, np.uint8)
+    voxels = content[len(header) :].reshape(mask.shape, order="F")
+    rows = np.flatnonzero(mask.any(axis=(1, 2)))
+    used = slice(rows[0], rows[-1] + 1) if rows.size else slice(0)
+    voxels[used] = mask[used]
+    return content

@@ -363,6 +363,29 @@ class TestHounsfield:
         assert 0 < (scan.image_hu == -1000).mean() < 0.01
         assert_is_head(scan)
 
+    @pytest.mark.parametrize(("share", "ok"), [(0.005, True), (0.05, False)])
+    def test_a_little_half_filled_air_is_no_air_mode(self, tmp_path, share, ok):
+        def sinuses_only(hu):
+            hu = np.where(hu < -500, 30, hu)
+            hu.ravel()[np.random.default_rng(0).permutation(hu.size)[: int(share * hu.size)]] = -600
+            return hu
+
+        if ok:
+            assert self.read(tmp_path, sinuses_only).flags == ()
+        else:
+            with pytest.raises(ReadError, match="air is most common at"):
+                self.read(tmp_path, sinuses_only)
+
+    def test_padding_counts_as_air(self, tmp_path):
+        def no_air_but_padding(hu):
+            hu = np.where(hu < -500, -3024, hu)
+            hu[20:22] = np.where(hu[20:22] < -500, -600, hu[20:22])  # the edge of the field of view
+            return hu
+
+        scan = self.read(tmp_path, no_air_but_padding, dtype=np.int16)
+        assert (scan.image_hu == -600).mean() > 0.01
+        assert scan.flags == ("padding",)
+
     @pytest.mark.parametrize("padding", [-1500, -3024])
     def test_padding_is_raised_to_the_lowest_hu_and_flagged(self, tmp_path, padding):
         def pad(hu):
