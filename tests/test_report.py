@@ -21,6 +21,7 @@ from ich_pipeline.report import (
     summary_markdown,
     write_agreement,
     write_tables,
+    write_text,
 )
 from ich_pipeline.volumetry import measure
 
@@ -217,7 +218,8 @@ def test_evaluation_tables(tmp_path: Path) -> None:
     assert (found["lesions_labelled_1_to_5ml"], found["lesions_found_1_to_5ml"]) == ("1", "1")
     assert float(found["label_ml"]) == pytest.approx(rows[0].label_ml, abs=5e-7)
 
-    text = summary_markdown(summarise(rows, n_failed=4))
+    write_text(tmp_path / "evaluation.md", summary_markdown(summarise(rows, n_failed=4)))
+    text = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
     assert "3 cases of 3 patients: 2 with blood, 1 without; 4 failed and are in no score." in text
     assert "| dice | positive | 2 | 1 | 0.500 [0.000, 1.000] | 0.500 [0.000, 1.000] |" in text
     assert "| hd95_mm | positive | 1 | 1 | 0.000 [0.000, 0.000] |" in text
