@@ -1,0 +1,43 @@
+# demo and test need no other step before them; setup is what they share. `make demo PYTHON=python3.12` picks a Python.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Which tests: `make check PYTEST_MARK='not gpu'` adds the slow ones.
+PYTEST_MARK ?= not slow and not gpu
+DEMO_OUT ?= demo
+# Two processes of one thread each, a file of tests in one of them: its fixtures are made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m '$(PYTEST_MARK)'
+
+.PHONY: setup demo test check bench clean
+
+setup: $(VENV)/.installed-test
+
+demo: $(VENV)/.installed
+	$(BIN)/ich-pipeline demo --out $(DEMO_OUT)
+
+test: setup
+	$(PYTEST)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(PYTEST) --cov --cov-report=term
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python benchmarks/run.py
+
+# Environments and caches; what demo and training made stays.
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* coverage.xml
+	find ich_pipeline tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# A stamp is written when its installation is whole, and is old when pyproject.toml changes.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[$*]'
+	touch $@
