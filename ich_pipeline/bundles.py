@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ich_pipeline.errors import ConfigError
-from ich_pipeline.files import atomic_path
+from ich_pipeline.files import atomic_path, write_json
 
 Config = dict[str, Any]
 
@@ -53,8 +53,13 @@ class Bundle:
         return path if path.is_file() else None
 
     def config(self, name: str) -> Config:
-        """`configs/<name>.yaml` as written."""
-        return read_yaml(self.path / "configs" / f"{name}.yaml")
+        """`configs/<name>.yaml` as written, or the metadata."""
+        return self.metadata if name == "metadata" else read_yaml(self.path / "configs" / f"{name}.yaml")
+
+    @property
+    def config_names(self) -> list[str]:
+        """What `config` takes."""
+        return ["metadata", *sorted(p.stem for p in (self.path / "configs").glob("*.yaml"))]
 
     def overlays(self, kind: str) -> dict[str, Path]:
         """Files of `configs/presets` or `configs/variants`, by name."""
@@ -137,7 +142,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The nearest names, or all of them when none is near."""
     names = list(known)
     near = near_names(name, names)
-    return "did you mean " + " or ".join(f"'{n}'" for n in near) + "?" if near else f"known: {', '.join(names)}"
+    if near:
+        return "did you mean " + " or ".join(f"'{n}'" for n in near) + "?"
+    return f"known: {', '.join(names) or 'none'}"
 
 
 def parse_overrides(words: Iterable[str]) -> Config:
@@ -163,13 +170,15 @@ def parse_overrides(words: Iterable[str]) -> Config:
 def resolve(
     bundle: Bundle, names: Iterable[str], overrides: Mapping[str, Any], preset: str | None
 ) -> dict[str, Config]:
-    """A bundle's configs with variant, preset and overrides applied, in this order.
+    """A bundle's configs with preset, variant and overrides applied, in this order.
+
+    A preset fits the bundle to a machine, a variant says what the method is: a variant is what it says on any machine.
 
     Args:
         bundle: where the configs are.
         names: which to read, e.g. `("inference", "train")`.
-        overrides: `variant`, and keys of any of the configs (nested keys with `.`).
-        preset: a preset's name, or None. A bundle without presets takes none.
+        overrides: `variant`, and keys of any of these configs (nested keys with `.`).
+        preset: a preset's name, or None.
 
     Returns:
         By config name; a key that several configs have is changed in all of them.
@@ -177,9 +186,11 @@ def resolve(
     Raises:
         ConfigError: unknown preset, variant or key, with the nearest names.
     """
-    configs = {name: bundle.config(name) for name in names}
     rest = dict(overrides)
-    for kind, choice in (("variants", rest.pop("variant", None)), ("presets", preset)):
+    overlays = [("presets", preset), ("variants", rest.pop("variant", None))]
+    # Presets and variants hold keys of training too, whatever is asked for now.
+    configs = {name: bundle.config(name) for name in (bundle.config_names if any(c for _, c in overlays) else names)}
+    for kind, choice in overlays:
         if choice is None:
             continue
         files = bundle.overlays(kind)
@@ -187,9 +198,10 @@ def resolve(
             raise ConfigError(f"{bundle.name} has no {kind[:-1]} '{choice}'; {did_you_mean(str(choice), files)}")
         for key, value in read_yaml(files[choice]).items():
             _set(bundle.name, configs, key, value)
+    wanted = {name: configs[name] for name in names}
     for key, value in rest.items():
-        _set(bundle.name, configs, key, value)
-    return configs
+        _set(bundle.name, wanted, key, value)
+    return wanted
 
 
 def known_keys(configs: Mapping[str, Config]) -> list[str]:
@@ -247,5 +259,8 @@ def _candidates(configs: Mapping[str, Config], key: str) -> list[str]:
 def write_configs(bundle: Path, configs: Mapping[str, Config]) -> None:
     """Write resolved configs into a bundle folder."""
     for name, config in configs.items():
+        if name == "metadata":
+            write_json(bundle / "configs" / "metadata.json", config)
+            continue
         with atomic_path(bundle / "configs" / f"{name}.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(config, sort_keys=False, width=100))

@@ -17,7 +17,7 @@ from ich_pipeline.records import CaseRecord
 from ich_pipeline.report import CaseRow, read_rows, write_tables
 from ich_pipeline.run_report import RunReport
 
-TRAIN_CONFIGS = ("inference", "train", "evaluate")
+TRAIN_CONFIGS = ("inference", "train", "evaluate", "metadata")
 # Folder of fetched models; they are checked against their hash at every use.
 CACHE = Path.home() / ".cache" / "ich-pipeline" / "bundles"
 

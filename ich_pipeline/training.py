@@ -140,8 +140,13 @@ class ResumableRun:
         """Load the last state when resuming.
 
         Raises:
-            ConfigError: nothing to resume, or the run had already ended.
+            ConfigError: no whole batch to train on, nothing to resume, or the run had already ended.
         """
+        loader = engine.state.dataloader
+        if len(loader) == 0:
+            raise ConfigError(
+                f"{len(loader.dataset)} training cases make no batch of {loader.batch_size}. Lower batch_size=."
+            )
         if not self.resume:
             return
         if not self.state_file.is_file():
@@ -271,8 +276,7 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
     shutil.rmtree(target, ignore_errors=True)
     with atomic_path(target) as temporary:
         shutil.copytree(source.path, temporary, ignore=shutil.ignore_patterns("*.pt", "presets", "variants"))
-        write_configs(temporary, configs)
-        write_json(temporary / "configs" / "metadata.json", source.metadata | {"weights_sha256": None})
+        write_configs(temporary, configs | {"metadata": configs["metadata"] | {"weights_sha256": None}})
         (temporary / "models").mkdir(exist_ok=True)
 
 
