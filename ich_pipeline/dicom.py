@@ -21,7 +21,9 @@ from ich_pipeline.errors import GeometryError, ReadError
 from ich_pipeline.geometry import Affine, Grid
 from ich_pipeline.hounsfield import PADDING_BELOW_HU
 
+DICOM_SUFFIXES = (".dcm", ".ima")
 CT_CLASS = "1.2.840.10008.5.1.4.1.1.2"
+MEDIA_INDEX_CLASS = "1.2.840.10008.1.3.10"
 ENHANCED_CT_CLASSES = {
     "1.2.840.10008.5.1.4.1.1.2.1": "Enhanced CT Image Storage",
     "1.2.840.10008.5.1.4.1.1.2.2": "Legacy Converted Enhanced CT Image Storage",
@@ -188,7 +190,14 @@ def describe_steps(distances_mm: NDArray[np.float64]) -> str:
 def _pick_series(case_id: str, folder: Path) -> tuple[list[Any], tuple[str, ...]]:
     series: dict[tuple[str, str], list[Any]] = defaultdict(list)
     left_out: Counter[str] = Counter()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and is_dicom(p)):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if not is_dicom(path):
+            if path.suffix.lower() in DICOM_SUFFIXES and not path.name.startswith("."):
+                raise ReadError(
+                    f"{case_id}: {path.name} has no DICM mark at byte 128, expected DICOM Part 10. Copy it again, or "
+                    "save the series with preamble."
+                )
+            continue
         dataset = _read_dataset(case_id, path)
         reason = _why_left_out(case_id, dataset)
         if reason:
@@ -222,13 +231,21 @@ def _read_dataset(case_id: str, path: Path) -> Any:
 
 def _why_left_out(case_id: str, dataset: Any) -> str | None:
     sop_class = str(dataset.get("SOPClassUID", ""))
-    if sop_class in ENHANCED_CT_CLASSES or int(dataset.get("NumberOfFrames") or 1) > 1:
+    announced = str(dataset.file_meta.get("MediaStorageSOPClassUID", ""))
+    if announced == MEDIA_INDEX_CLASS:
+        return "DICOMDIR"
+    if not sop_class or announced == CT_CLASS != sop_class:
+        raise ReadError(  # leaving out a slice that was cut off would shorten the head unseen
+            f"{case_id}: {Path(dataset.filename).name} announces class {announced or 'none'} and holds "
+            f"{sop_class or 'none'}, expected one class. The file is damaged or cut off: copy it again."
+        )
+    if sop_class in ENHANCED_CT_CLASSES or (sop_class == CT_CLASS and int(dataset.get("NumberOfFrames") or 1) > 1):
         raise ReadError(
             f"{case_id}: {ENHANCED_CT_CLASSES.get(sop_class, 'multi-frame CT image')}, expected single-frame CT "
             "images. Export as classic CT, or convert to NIfTI."
         )
     if sop_class != CT_CLASS:
-        return pydicom.uid.UID(sop_class).name or "file without SOP class"
+        return pydicom.uid.UID(sop_class).name
     found = NO_SLICE_TYPES & {str(value).upper() for value in dataset.get("ImageType") or ()}
     return found.pop().lower() if found else None
 

@@ -4,6 +4,7 @@ import shutil
 
 import nibabel as nib
 import pytest
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 from scan_files import head_series, nifti_image, save, save_series
 
 from ich_pipeline.errors import ManifestError, ReadError
@@ -59,10 +60,15 @@ def test_a_series_in_several_folders_is_one_case(tmp_path):
     assert read_scan(tmp_path / "head").image_hu.shape[2] == 14
 
 
-def test_a_damaged_series_is_still_a_case(tmp_path):
-    folder = save_series(head_series(), tmp_path / "x")
-    (folder / "0.dcm").write_bytes((folder / "0.dcm").read_bytes()[:150])
+@pytest.mark.parametrize("damage", [lambda content: content[:150], lambda content: content[:500] + b"\xff" * 500])
+def test_a_damaged_series_is_still_a_case(tmp_path, damage):
+    datasets = head_series()
+    datasets[0].file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    folder = save_series(datasets, tmp_path / "x")
+    (folder / "0.dcm").write_bytes(damage((folder / "0.dcm").read_bytes()))
     assert found(tmp_path) == [("x", folder)]
+    with pytest.raises(ReadError):
+        read_scan(folder)
 
 
 def test_the_same_scan_twice_is_one_case(tmp_path, nifti):

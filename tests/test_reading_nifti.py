@@ -294,6 +294,10 @@ class TestDamage:
         with pytest.raises(ReadError):
             self.read(tmp_path, zipped[:middle] + bytes(64) + zipped[middle + 64 :])
 
+    def test_broken_start_of_the_stream(self, tmp_path, zipped):
+        with pytest.raises(ReadError, match=r"x\.nii\.gz is a damaged gzip file"):
+            self.read(tmp_path, zipped[:10] + b"\xff" * 200 + zipped[210:])
+
     def test_garbage_after_the_stream(self, tmp_path, zipped):
         with pytest.raises(ReadError, match="damaged gzip"):
             self.read(tmp_path, zipped + b"not a gzip member at all")
