@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ def load_network(network: nn.Module, weights: str | Path, device: str | torch.de
         device: see `pick_device`.
 
     Raises:
-        ConfigError: no such file, its SHA-256 is not the metadata's, or it does not fit the network.
+        ConfigError: no such file, its SHA-256 is not the metadata's, it holds more than tensors, or it does not fit
+            the network.
     """
     path = Path(weights)
     if not path.is_file():
@@ -77,7 +79,10 @@ def load_network(network: nn.Module, weights: str | Path, device: str | torch.de
             "trained bundle's folder."
         )
     check_hash(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ConfigError(f"{path} is not loaded: it holds code, not only tensors. Save a state dict.") from error
     try:
         network.load_state_dict(state.get("model", state), strict=True)
     except RuntimeError as error:
