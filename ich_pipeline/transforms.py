@@ -38,6 +38,9 @@ BOX_STRIDE = 4
 BOX_MARGIN_MM = 8.0
 # A largest piece of bone smaller than this is not a skull (a fragment, a calibration rod): the whole image is kept.
 SMALLEST_SKULL_MM = 90.0
+# Nor is one that does not hold most of what is neither air nor bone: a thick table beside the head.
+TISSUE_HU = (0, 80)
+LEAST_TISSUE_SHARE = 0.5
 
 
 class ReadScand(MapTransform):
@@ -131,9 +134,22 @@ class NativeMaskWriter(ImageWriter):
         super().__init__(output_dtype=np.uint8, affine=None, channel_dim=None)
 
     def set_data_array(self, data_array: Any, channel_dim: Any = 0, **kwargs: Any) -> None:
-        """Take a (1, I, J, K) or (I, J, K) mask."""
+        """Take a (1, I, J, K) or (I, J, K) mask.
+
+        Raises:
+            GeometryError: more than one channel.
+            ValueError: not whole numbers from 0 to 255: a score whose fraction would be cut off.
+        """
         values = np.asarray(data_array)
-        self.data_obj = values[0] if values.ndim == 4 else values
+        if values.ndim == 4 and values.shape[0] != 1:
+            raise GeometryError(f"mask with {values.shape[0]} channels, expected one. Take the foreground first.")
+        mask = values.astype(np.uint8, copy=False)
+        if mask is not values and not np.array_equal(mask, values):
+            raise ValueError(
+                f"mask values from {values.min():g} to {values.max():g}, expected whole numbers from 0 to 255. "
+                "Threshold scores before saving them as a mask."
+            )
+        self.data_obj = mask[0] if mask.ndim == 4 else mask
 
     def set_metadata(self, meta_dict: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Take the metadata that `ReadScand` gave, with the affine as the inverted transforms left it.
@@ -151,7 +167,7 @@ class NativeMaskWriter(ImageWriter):
 
     def write(self, filename: Any, verbose: bool = False, **kwargs: Any) -> None:
         """Write the file, whole or not at all."""
-        write_mask(Path(filename), self.data_obj.astype(np.uint8), self.grid, self.forms)
+        write_mask(Path(filename), self.data_obj, self.grid, self.forms)
 
 
 def head_box(image_hu: NDArray[Any], grid: Grid) -> Box:
@@ -162,25 +178,35 @@ def head_box(image_hu: NDArray[Any], grid: Grid) -> Box:
         grid: its grid.
 
     Returns:
-        (start, stop) for each axis in voxels; the whole image where no skull-sized piece of bone is found.
+        (start, stop) for each axis in voxels; the whole image where no piece of bone is as large as a skull and around
+        most of the soft tissue.
     """
     whole: Box = tuple((0, n) for n in image_hu.shape)
     steps = [max(1, round(BOX_STRIDE * 0.5 / edge)) for edge in grid.edge_mm]
-    bone = np.asarray(image_hu[tuple(slice(None, None, s) for s in steps)] > BONE_HU)
+    coarse_hu = image_hu[tuple(slice(None, None, s) for s in steps)]
+    bone = coarse_hu > BONE_HU
     if not bone.any():
         return whole
     pieces = cc3d.connected_components(np.asfortranarray(bone), connectivity=26)
     statistics = cc3d.statistics(pieces)
     largest = int(np.argmax(statistics["voxel_counts"][1:])) + 1
+    skull = list(statistics["bounding_boxes"][largest])
+    # Thick slices part the skull at the vertex: every slice with bone above or below its largest piece belongs to it.
+    skull[grid.slice_axis] = slice(None)
+    slices = np.flatnonzero(bone[tuple(skull)].any(axis=tuple({0, 1, 2} - {grid.slice_axis})))
+    skull[grid.slice_axis] = slice(int(slices[0]), int(slices[-1]) + 1)
     box = []
-    for axis, piece in enumerate(statistics["bounding_boxes"][largest]):
+    for axis, piece in enumerate(skull):
         margin = int(np.ceil(BOX_MARGIN_MM / grid.edge_mm[axis]))
         start, stop = piece.start * steps[axis] - margin, piece.stop * steps[axis] + margin
         box.append((max(0, start), min(image_hu.shape[axis], stop)))
     in_plane_mm = [
         (b - a) * e for axis, ((a, b), e) in enumerate(zip(box, grid.edge_mm, strict=True)) if axis != grid.slice_axis
     ]
-    return tuple(box) if min(in_plane_mm) >= SMALLEST_SKULL_MM else whole
+    tissue = (coarse_hu > TISSUE_HU[0]) & (coarse_hu < TISSUE_HU[1])
+    held = tissue[tuple(slice(-(-a // s), -(-b // s)) for (a, b), s in zip(box, steps, strict=True))]
+    is_head = min(in_plane_mm) >= SMALLEST_SKULL_MM and held.sum() >= LEAST_TISSUE_SHARE * tissue.sum()
+    return tuple(box) if is_head else whole
 
 
 def interpolation_matrix(n_in: int, n_out: int, start: float, step: float) -> NDArray[np.float32]:
@@ -383,12 +409,18 @@ class ModelGridd(MapTransform, InvertibleTransform):
         self.grid = ModelGrid(spacing_mm, axcodes)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Take every key to the model grid."""
+        """Take every key to the model grid.
+
+        Raises:
+            GeometryError: a mask is on another grid than its scan.
+        """
         d = dict(data)
         scan = d[self.keys[0]]
         grid = Grid(tuple(scan.shape[1:]), np.asarray(scan.affine, dtype=np.float64))
         box = head_box(scan.numpy()[0], grid) if self.crop_head else None
         for key in self.key_iterator(d):
+            found = Grid(tuple(d[key].shape[1:]), np.asarray(d[key].affine))
+            require_same_grid(str(scan.meta.get("filename_or_obj", "scan")), str(key), found, grid)
             d[key] = self.grid(d[key], box, mask=key != self.keys[0])
         return d
 
