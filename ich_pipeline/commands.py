@@ -221,23 +221,28 @@ def train(settings: Settings) -> int:
         ConfigError: wrong settings, or `out` holds a run and neither resume nor overwrite was asked for.
     """
     source, resume = settings.bundle(), bool(settings.overrides.get("resume"))
-    if not resume:
-        settings.config(source, *TRAIN_CONFIGS)
+    settings.config(source, *TRAIN_CONFIGS)
 
-    from ich_pipeline import tracking
-    from ich_pipeline.manifest import read_manifest
-    from ich_pipeline.training import prepare_run, rank, several_processes, train_bundle
+    from ich_pipeline.training import prepare_run, process_group, rank, wait_for_all
 
     out = Path(settings.run["out"] or Path("runs") / source.name)
-    with several_processes(settings.overrides.get("device", "auto")):
+    with process_group(settings.overrides.get("device", "auto")):
         if rank() == 0:
             prepare_run(source, settings, out, resume=resume)
-    bundle = bundles.find_bundle(str(out / "bundle"))
+        wait_for_all()
+        return _train_prepared(bundles.find_bundle(str(out / "bundle")), settings, out, resume=resume)
+
+
+def _train_prepared(bundle: Bundle, settings: Settings, out: Path, *, resume: bool) -> int:
+    from ich_pipeline import tracking
+    from ich_pipeline.manifest import read_manifest
+    from ich_pipeline.training import RUN_ID_FILE, rank, train_bundle, without_paths
+
     config = bundle.config("train")
     report = RunReport({"run": settings.run, "train": config}, seeds={"seed": config["seed"]})
     manifest = Path(config["data"])
     report.add_input(manifest)
-    run_id_file, status = out / "mlflow_run_id", 1
+    run_id_file, status = out / RUN_ID_FILE, 1
     tracker = tracking.open_tracker(
         settings.run["tracking"] is not False and rank() == 0,
         tracking_uri=settings.run["tracking_uri"],
@@ -247,6 +252,8 @@ def train(settings: Settings) -> int:
         folder=Path.cwd(),
         patient_ids=[case.patient_id for case in read_manifest(manifest)],
     )
+    if rank() == 0:
+        report.write(out / "run.json")
     try:
         with tracker as run:
             if run.run_id:
@@ -254,15 +261,19 @@ def train(settings: Settings) -> int:
                     temporary.write_text(run.run_id)
             run.set_tags(tracking.provenance_tags(manifest=manifest, seeds={"seed": config["seed"]}))
             run.log_params(config)
-            result = train_bundle(bundle, report)
+            result = train_bundle(bundle, report, resume=resume)
             if rank() == 0:
                 print(f"best validation Dice {result.best_metric:.3f} in epoch {result.best_epoch}: {bundle.path}")
-                version = run.register_bundle(
-                    bundle.path, bundle.name, metric_name="val_mean_dice", metric=result.best_metric
-                )
+                with without_paths(bundle) as clean:
+                    version = run.register_bundle(
+                        clean, bundle.name, metric_name="val_mean_dice", metric=result.best_metric
+                    )
                 if version:
                     print(f"registered as models:/{bundle.name}/{version}")
         status = 0
+    except KeyboardInterrupt:
+        status = 130
+        raise
     finally:
         if rank() == 0:
             report.bundle = {"name": bundle.name, "sha256": bundle.metadata["weights_sha256"]}

@@ -1,37 +1,48 @@
 """Handlers and steps that `train.yaml` names, and the run of a bundle's training."""
 
 import json
+import logging
 import os
 import random
 import shutil
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
-from monai.data.utils import set_rnd
+from monai.data import CacheDataset
+from monai.transforms import Compose
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import Sampler
 from tqdm import tqdm
 
-from ich_pipeline.bundles import Bundle, is_bundle, resolve, write_configs
+from ich_pipeline.bundles import Bundle, Config, is_bundle, read_yaml, resolve, write_configs
 from ich_pipeline.commands import TRAIN_CONFIGS, Settings
-from ich_pipeline.engines import pick_device
+from ich_pipeline.engines import autocast, pick_device
 from ich_pipeline.errors import ConfigError, ManifestError
 from ich_pipeline.files import atomic_path, sha256_of, write_json
 from ich_pipeline.manifest import read_manifest
 from ich_pipeline.run_report import RunReport
 
+# In the folder of a run, beside its bundle.
+STATE_FILE, RUN_ID_FILE = "training_state.pt", "mlflow_run_id"
+# What a resumed run may change: the saved state does not depend on it.
+MAY_CHANGE = ("epochs", "patience", "validate_every", "workers", "device")
+
 
 def load_cases(manifest: str | Path | None, fold: int | None = None) -> dict[str, list[dict[str, str]]]:
     """Training and validation cases of a manifest as MONAI data lists.
+
+    When several processes train, each validates its share of the cases; all of them draw from all training cases
+    (`CaseSampler` deals them out).
 
     Args:
         manifest: with `split` (train, val, test), or with `fold`.
@@ -53,15 +64,84 @@ def load_cases(manifest: str | Path | None, fold: int | None = None) -> dict[str
             f"{manifest}: {len(train)} cases to train and {len(val)} to validate on; expected at least one each. Fill "
             "the column `split` with train, val and test (or `fold`, and name one with fold=0)."
         )
+    if len(val) < n_processes():
+        raise ManifestError(
+            f"{manifest}: {len(val)} cases to validate on for {n_processes()} processes; expected at least one for "
+            "each. Start fewer processes or give split=val to more cases."
+        )
     return {
         name: [{"image": str(r.image), "label": str(r.label)} for r in chosen]
-        for name, chosen in (("train", train), ("val", val))
+        for name, chosen in (("train", train), ("val", val[rank() :: n_processes()]))
     }
+
+
+class Draw(NamedTuple):
+    """One sample of an epoch."""
+
+    case: int  # index in the list of training cases
+    seed: int  # of its augmentation
+
+
+class CaseSampler(Sampler[Draw]):
+    """Which case comes when, and with which augmentation: functions of seed, epoch and rank.
+
+    Every case comes once before any case comes again; several processes take turns. `ResumableRun` sets the epoch.
+
+    Args:
+        dataset: the training cases.
+        draws: samples each process takes in one epoch.
+        seed: of the run.
+    """
+
+    def __init__(self, dataset: "TrainingCases", draws: int, seed: int = 0) -> None:
+        self.n_cases, self.draws, self.seed, self.epoch = len(dataset), draws, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next pass over the sampler gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.draws
+
+    def __iter__(self) -> Iterator[Draw]:
+        random_state = np.random.default_rng((self.seed, self.epoch))
+        total = self.draws * n_processes()
+        passes = -(-total // self.n_cases)
+        cases = np.concatenate([random_state.permutation(self.n_cases) for _ in range(passes)])
+        seeds = random_state.integers(2**31, size=total)
+        for n in range(rank(), total, n_processes()):
+            yield Draw(int(cases[n]), int(seeds[n]))
+
+
+class TrainingCases(CacheDataset):
+    """MONAI's cache of training cases, each draw augmented with a seed of its own.
+
+    So a sample does not depend on which worker makes it, nor on what was drawn before it.
+
+    Args:
+        data: MONAI data list.
+        preprocessing: deterministic; its result is cached.
+        augmentation: cached up to its first random transform. No transform may change its input in place.
+    """
+
+    def __init__(self, data: Sequence[Mapping[str, str]], preprocessing: Compose, augmentation: Compose) -> None:
+        # Flattened: CacheDataset takes a nested Compose for a random transform and would cache nothing.
+        transform = Compose([preprocessing, augmentation]).flatten()
+        super().__init__(data, transform, num_workers=2, progress=False, copy_cache=False)
+
+    def __getitem__(self, draw: Draw) -> Any:
+        self.transform.set_random_state(seed=draw.seed)
+        return super().__getitem__(draw.case)
 
 
 def rank() -> int:
     """Number of this process among those that train together; 0 alone."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def n_processes() -> int:
+    """How many processes train together; 1 alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def training_device(name: str = "auto") -> torch.device:
@@ -74,11 +154,19 @@ def training_device(name: str = "auto") -> torch.device:
 
 
 @contextmanager
-def several_processes(device_name: str = "auto") -> Iterator[None]:
-    """Under torchrun join its process group (NCCL on GPUs, gloo on CPUs) and wait for all at the end of the block."""
+def process_group(device_name: str = "auto") -> Iterator[None]:
+    """Under torchrun join its process group (NCCL on GPUs, gloo on CPUs) for the length of the block."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         start_processes(training_device(device_name))
-    yield
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -93,10 +181,12 @@ class ResumableRun:
     """Handler that makes a MONAI trainer reproducible, resumable to the bit, and stops it early.
 
     The random state is a function of seed, epoch and rank: it is set when an epoch starts, so a run that was killed
-    and goes on from its last whole epoch draws what an undisturbed run would have drawn.
+    and goes on from its last whole epoch draws what an undisturbed run would have drawn. The trainer's loader must draw
+    through a `CaseSampler`.
 
     Written by rank 0, each whole or not at all: `weights` (best by the evaluator's key metric) with its SHA-256 into
-    the bundle's metadata, and `state_file` (last epoch: network, optimizer, scheduler, best value, patience).
+    the bundle's metadata, and `state_file` (last epoch: network, optimizer, scheduler, best value, patience). Attach
+    after every handler that changes or records what an epoch did: the state says that the epoch is done.
 
     Args:
         network: the module whose weights are kept (not its DistributedDataParallel wrapper).
@@ -105,10 +195,10 @@ class ResumableRun:
         evaluator: MONAI evaluator with a key metric, larger is better.
         validate_every: epochs from validation to validation; the last epoch is always validated.
         weights: where the best weights go, `models/model.pt` of a bundle.
-        state_file: what `resume` reads.
+        state_file: what `resume` reads; kept beside the bundle, not in it.
         patience: validations without a better metric before the run stops; 0 never stops early.
         seed: of the run.
-        resume: go on from `state_file`, which must exist then.
+        resume: go on from `state_file`; a run that was stopped in its first epoch has none and starts over.
     """
 
     def __init__(
@@ -137,53 +227,51 @@ class ResumableRun:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
 
     def started(self, engine: Engine) -> None:
-        """Load the last state when resuming.
+        """Load the last state when resuming; remove what another run left when not.
 
         Raises:
-            ConfigError: no whole batch to train on, nothing to resume, or the run had already ended.
+            ConfigError: the loader has no `CaseSampler`, or `weights` lies in no bundle.
         """
-        loader = engine.state.dataloader
-        if len(loader) == 0:
+        if not isinstance(engine.state.dataloader.sampler, CaseSampler):
+            found = type(engine.state.dataloader.sampler).__name__
+            raise ConfigError(f"ResumableRun: the loader has a {found}, expected a CaseSampler. Edit train.yaml.")
+        if not self.metadata_file.is_file():
             raise ConfigError(
-                f"{len(loader.dataset)} training cases make no batch of {loader.batch_size}. Lower batch_size=."
+                f"{self.weights}: expected models/model.pt of a bundle, but there is no {self.metadata_file}. Run in "
+                "the bundle's folder, or give bundle_root."
             )
-        if not self.resume:
+        if not (self.resume and self.state_file.is_file()):
+            if rank() == 0:
+                self.state_file.unlink(missing_ok=True)
             return
-        if not self.state_file.is_file():
-            raise ConfigError(f"resume=true, but there is no {self.state_file}. Start without resume.")
         state = torch.load(self.state_file, map_location="cpu", weights_only=True)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.best_metric, self.best_epoch, self.waited = state["best_metric"], state["best_epoch"], state["waited"]
         engine.state.epoch = state["epoch"]
         engine.state.iteration = state["epoch"] * engine.state.epoch_length
-        if self.ended(engine):
-            raise ConfigError(
-                f"{self.state_file}: the run ended after {state['epoch']} epochs. Raise epochs= (now "
-                f"{engine.state.max_epochs}) or patience= (now {self.patience}) to train on."
-            )
+        if self._over(engine):
+            engine.terminate()
 
-    def ended(self, engine: Engine) -> bool:
-        """Whether all epochs are done or patience is spent."""
-        return engine.state.epoch >= engine.state.max_epochs or bool(self.patience and self.waited >= self.patience)
+    def _over(self, engine: Engine) -> bool:
+        return is_over(engine.state.epoch, engine.state.max_epochs, self.waited, self.patience)
 
     def epoch_started(self, engine: Engine) -> None:
-        """Set every random state from seed, epoch and rank, and start the data over."""
-        epoch = engine.state.epoch
+        """Start the data over and set every random state from seed, epoch and rank."""
+        epoch, loader = engine.state.epoch, engine.state.dataloader
+        loader.sampler.set_epoch(epoch)
+        engine.set_data(loader)
+        # After that: a loader draws from torch's state when it starts, with workers that it keeps only once.
         seed = int(np.random.SeedSequence((self.seed, epoch, rank())).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002 - libraries that still draw from the global state
         torch.manual_seed(seed)
-        loader = engine.state.dataloader
-        set_rnd(loader.dataset, seed)
-        if hasattr(loader.sampler, "set_epoch"):
-            loader.sampler.set_epoch(epoch)
-        engine.set_data(loader)
 
     def epoch_completed(self, engine: Engine) -> None:
         """Validate when it is time, keep the best and the last state, stop when patience is spent."""
         epoch = engine.state.epoch
         if epoch % self.validate_every == 0 or epoch == engine.state.max_epochs:
+            self._share_buffers()
             self.evaluator.run(epoch)
             metric = float(self.evaluator.state.metrics[self.evaluator.state.key_metric_name])
             self.waited += 1
@@ -193,25 +281,46 @@ class ResumableRun:
         if rank() == 0:
             state = {name: part.state_dict() for name, part in self.parts.items()}
             state |= {"best_metric": self.best_metric, "best_epoch": self.best_epoch, "waited": self.waited}
-            with atomic_path(self.state_file) as temporary:
-                torch.save({**state, "epoch": epoch}, temporary)
-        if self.ended(engine):
+            _save({**state, "epoch": epoch}, self.state_file)
+        if self._over(engine):
             engine.terminate()
+
+    def _share_buffers(self) -> None:
+        """Give all processes rank 0's running means: batch normalisation counts its own batches in each."""
+        if dist.is_initialized():
+            for buffer in self.parts["network"].buffers():
+                dist.broadcast(buffer, 0)
 
     def _keep_best(self) -> None:
         if rank() != 0:
             return
         state = {name: value.detach().cpu() for name, value in self.parts["network"].state_dict().items()}
-        with atomic_path(self.weights) as temporary:
-            torch.save(state, temporary)
-        metadata_file = self.weights.parent.parent / "configs" / "metadata.json"
-        metadata = json.loads(metadata_file.read_text())
-        metadata["weights_sha256"] = sha256_of(self.weights)
-        write_json(metadata_file, metadata)
+        _save(state, self.weights)
+        metadata = json.loads(self.metadata_file.read_text())
+        write_json(self.metadata_file, metadata | {"weights_sha256": sha256_of(self.weights)})
+
+    @property
+    def metadata_file(self) -> Path:
+        """Metadata of the bundle that `weights` belongs to."""
+        return self.weights.parent.parent / "configs" / "metadata.json"
+
+
+def is_over(epoch: int, epochs: int, waited: int, patience: int) -> bool:
+    """Whether all epochs are done or patience is spent."""
+    return epoch >= epochs or bool(patience and waited >= patience)
+
+
+def _save(state: Mapping[str, Any], path: Path) -> None:
+    # Through a stream: torch.save writes a file's name into the file, and equal weights are to have equal hashes.
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        torch.save(state, stream)
 
 
 class Progress:
-    """Handler that shows one bar over all iterations: loss, last validation metric, remaining time."""
+    """Handler that shows one bar over all iterations: rate, loss, last validation metric, remaining time.
+
+    In a terminal twice a second; in a log file every half minute.
+    """
 
     def __init__(self, evaluator: Engine | None = None) -> None:
         self.evaluator = evaluator
@@ -227,7 +336,18 @@ class Progress:
     def started(self, engine: Engine) -> None:
         """Open the bar on stderr."""
         total = engine.state.max_epochs * engine.state.epoch_length
-        self.bar = tqdm(total=total, initial=engine.state.iteration, desc="train", unit="step", file=sys.stderr)
+        seconds = 0.5 if sys.stderr.isatty() else 30.0
+        self.bar = tqdm(
+            total=total,
+            initial=engine.state.iteration,
+            desc="train",
+            unit="step",
+            file=sys.stderr,
+            mininterval=seconds,
+            maxinterval=2 * seconds,
+            smoothing=0,  # the mean rate: validation comes in bursts
+            dynamic_ncols=True,
+        )
 
     def moved(self, engine: Engine) -> None:
         """One more step."""
@@ -248,31 +368,38 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
     """Write `out/bundle`: the source bundle without weights, every setting of this run in its configs.
 
     Args:
-        source: the bundle that was named; not read when resuming.
+        source: the bundle that was named; when resuming only its presets and variants are read.
         settings: what was asked for.
         out: folder of the run.
         resume: keep the bundle that is there and change only what was asked for now.
 
     Raises:
-        ConfigError: `out` holds a run already and is not to be resumed or overwritten, or holds none to resume.
+        ConfigError: `out` holds a run already and is not to be resumed or overwritten; or it holds none to resume, one
+            that has ended, or one with other settings.
     """
     target = out / "bundle"
     if resume:
         if not is_bundle(target):
             raise ConfigError(f"resume=true, but there is no run in {out}. Start without resume.")
-        write_configs(target, resolve(Bundle(target), TRAIN_CONFIGS, settings.overrides, None))
+        configs = _resumed_configs(source, settings, Bundle(target))
+        _require_unfinished(out, configs["train"])
+        write_configs(target, configs)
         return
     configs = settings.config(source, *TRAIN_CONFIGS)
     if not configs["train"]["data"]:
         raise ConfigError("training needs data=MANIFEST, a CSV with case_id, image, label and split")
+    load_cases(configs["train"]["data"])
     # Paths are the user's, but the bundle may be moved: they are kept whole.
     for config in configs.values():
         if config.get("data"):
             config["data"] = str(Path(config["data"]).resolve())
+    configs["train"] |= {"amp": _settled_amp(configs["train"]), "resume": False}
     if target.exists() and not settings.run["overwrite"]:
         raise ConfigError(
             f"{target} exists. Go on with resume=true, give another out=, or replace it with overwrite=true."
         )
+    for left in (STATE_FILE, RUN_ID_FILE, "run.json"):
+        (out / left).unlink(missing_ok=True)
     shutil.rmtree(target, ignore_errors=True)
     with atomic_path(target) as temporary:
         shutil.copytree(source.path, temporary, ignore=shutil.ignore_patterns("*.pt", "presets", "variants"))
@@ -280,7 +407,59 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
         (temporary / "models").mkdir(exist_ok=True)
 
 
-def train_bundle(bundle: Bundle, report: RunReport) -> ResumableRun:
+def _settled_amp(config: Config) -> str:
+    """`auto` as what it means here: on a CPU it is a measurement, which a resumed run might find otherwise."""
+    device = pick_device(config["device"])
+    if config["amp"] != "auto" or device.type != "cpu":
+        return config["amp"]
+    return "off" if isinstance(autocast(device, "auto"), nullcontext) else "on"
+
+
+def _resumed_configs(source: Bundle, settings: Settings, run: Bundle) -> dict[str, Config]:
+    """Configs of a run with what was asked for now.
+
+    Raises:
+        ConfigError: a setting that the saved state depends on differs.
+    """
+    overrides = dict(settings.overrides)
+    settings.config(source, *TRAIN_CONFIGS)  # refuses unknown names
+    asked: Config = {}
+    for kind, choice in (("presets", settings.run["preset"]), ("variants", overrides.pop("variant", None))):
+        if choice in (None, "auto"):
+            continue
+        asked |= read_yaml(source.overlays(kind)[choice])
+    asked |= overrides
+    if asked.get("data"):
+        asked["data"] = str(Path(asked["data"]).resolve())
+    # Neither says anything of the run: the first is this call, the second was settled when the run began.
+    for key, value in (("resume", True), ("amp", "auto")):
+        if asked.get(key) == value:
+            del asked[key]
+    before, after = (resolve(run, TRAIN_CONFIGS, changes, None) for changes in ({}, asked))
+    for config, was in ((after[name], before[name]) for name in TRAIN_CONFIGS):
+        changed = [key for key in config if config[key] != was[key] and key not in MAY_CHANGE]
+        if changed:
+            raise ConfigError(
+                f"{changed[0]}={config[changed[0]]}: the run in {run.path.parent} was begun with {was[changed[0]]}; "
+                f"resuming may change {', '.join(MAY_CHANGE)}. Leave it out, or start a run of its own with out=."
+            )
+    return after
+
+
+def _require_unfinished(out: Path, config: Config) -> None:
+    report_file, state_file = out / "run.json", out / STATE_FILE
+    complete = report_file.is_file() and json.loads(report_file.read_text())["exit_status"] == 0
+    if not (complete and state_file.is_file()):
+        return
+    state = torch.load(state_file, map_location="cpu", weights_only=True, mmap=True)
+    if is_over(state["epoch"], config["epochs"], state["waited"], config["patience"]):
+        raise ConfigError(
+            f"{out}: the run ended after {state['epoch']} epochs. To train on raise epochs= (now {config['epochs']}) "
+            f"or patience= (now {config['patience']}); {state['waited']} validations brought nothing better."
+        )
+
+
+def train_bundle(bundle: Bundle, report: RunReport, *, resume: bool) -> ResumableRun:
     """Run `train.yaml` of a prepared bundle, as `python -m monai.bundle run` does.
 
     Under torchrun `multi_gpu_train.yaml` is laid over it.
@@ -290,22 +469,33 @@ def train_bundle(bundle: Bundle, report: RunReport) -> ResumableRun:
     """
     configs = bundle.path / "configs"
     files = [configs / "train.yaml"]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if n_processes() > 1:
         files.append(configs / "multi_gpu_train.yaml")
+    # MONAI would say on stdout, which is for results, that it reads the file.
+    logging.getLogger("monai.bundle.workflows").setLevel(logging.WARNING)
     workflow = ConfigWorkflow(
         config_file=[str(f) for f in files],
         meta_file=str(configs / "metadata.json"),
         logging_file=str(configs / "logging.conf"),
         workflow_type="train",
         bundle_root=str(bundle.path),
+        resume=resume,
     )
     with report.stage("start"):
         workflow.initialize()
         # Building the trainer loads and caches the cases.
         trainer = workflow.parser.get_parsed_content("train#trainer")
-    with report.stage("train"), warnings.catch_warnings():
-        # A clean scan has no foreground to crop around; MONAI says so at every draw.
-        warnings.filterwarnings("ignore", message="Num foregrounds 0")
+    with report.stage("train"):
         trainer.run()
     workflow.finalize()
     return next(h for h in workflow.parser.get_parsed_content("train#handlers") if isinstance(h, ResumableRun))
+
+
+@contextmanager
+def without_paths(bundle: Bundle) -> Iterator[Path]:
+    """A copy of a trained bundle that may leave this machine: its configs do not name the manifest."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, bundle.name)
+        shutil.copytree(bundle.path, copy)
+        write_configs(copy, {name: bundle.config(name) | {"data": None} for name in ("train", "evaluate")})
+        yield copy
