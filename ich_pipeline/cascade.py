@@ -6,7 +6,9 @@ from itertools import combinations
 import cc3d
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from monai.inferers import Inferer, SlidingWindowInferer
+from monai.utils import convert_to_dst_type
 from torch import nn
 from torch.nn import functional as F
 
@@ -62,7 +64,8 @@ class CascadeInferer(Inferer):
         Returns:
             (B, 1, S, R, C) float32 in [0, 1]; exactly 0 where stage two did not look.
         """
-        image = torch.as_tensor(inputs)  # MetaTensor bookkeeping costs more than some of the steps below
+        # MetaTensor bookkeeping costs more than some of the steps below.
+        image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         flips = [c for n in range(len(self.mirror_axes) + 1) for c in combinations(self.mirror_axes, n)]
         total = torch.zeros_like(image)
         for axes in flips:
@@ -70,7 +73,7 @@ class CascadeInferer(Inferer):
             for item in range(image.shape[0]):
                 score = self._one_head(image[item : item + 1].flip(dims), network)
                 total[item : item + 1] += score.flip(dims)
-        return total / len(flips)
+        return convert_to_dst_type(total / len(flips), inputs)[0]
 
     def coarse_probability(self, image: torch.Tensor, network: CascadeUNet) -> torch.Tensor:
         """Stage one's foreground probability of a padded head, on the model grid."""
@@ -87,12 +90,14 @@ class CascadeInferer(Inferer):
             score = _foreground(self._slide(image, network.fine_stage))
         else:
             for window in find_windows(region.cpu().numpy(), network):
-                part = _foreground(network.fine_in(image, window))
-                score[(..., *window)] = torch.maximum(score[(..., *window)], part)
+                score[(..., *window)] = _foreground(network.fine_in(image, window))
         return score[..., : shape[0], : shape[1], : shape[2]]
 
     def _slide(self, image: torch.Tensor, stage: nn.Module) -> torch.Tensor:
-        return self.window(image, skip_air(stage, image))
+        # Air up to one whole window: MONAI would pad with 0, which after normalisation is tissue.
+        shape = image.shape[2:]
+        image = _pad_to(image, [max(n, size) for n, size in zip(shape, self.window.roi_size, strict=True)])
+        return self.window(image, skip_air(stage, image))[..., : shape[0], : shape[1], : shape[2]]
 
 
 def _foreground(logits: torch.Tensor) -> torch.Tensor:
@@ -100,12 +105,15 @@ def _foreground(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _pad(image: torch.Tensor, network: CascadeUNet) -> torch.Tensor:
-    """Pad the far ends with air (the image's minimum) so that both stages can halve it."""
-    scale = (1, network.coarse_scale, network.coarse_scale)
-    padding: list[int] = []
-    for n, d, s in zip(image.shape[2:], network.divisible, scale, strict=True):
-        padding = [0, -n % (d * s), *padding]
-    return F.pad(image, padding, value=float(image.min()))
+    """Pad the far ends with air so that both stages can halve it."""
+    multiples = [d * s for d, s in zip(network.divisible, (1, network.coarse_scale, network.coarse_scale), strict=True)]
+    return _pad_to(image, [-(-n // m) * m for n, m in zip(image.shape[2:], multiples, strict=True)])
+
+
+def _pad_to(image: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Pad the far ends with air, the image's minimum."""
+    padding = [p for n, size in zip(image.shape[:1:-1], shape[::-1], strict=True) for p in (0, size - n)]
+    return F.pad(image, padding, value=float(image.min())) if any(padding) else image
 
 
 def find_windows(region: np.ndarray, network: CascadeUNet) -> list[Window]:
@@ -116,11 +124,10 @@ def find_windows(region: np.ndarray, network: CascadeUNet) -> list[Window]:
         network: says margin and what window sizes it can halve.
 
     Returns:
-        Windows; the whole image when the region is empty or when windows would cover more than it.
+        Windows that do not overlap; the whole image when the region is empty.
     """
-    whole: Window = (slice(0, region.shape[0]), slice(0, region.shape[1]), slice(0, region.shape[2]))
     if not region.any():
-        return [whole]
+        return [(slice(0, region.shape[0]), slice(0, region.shape[1]), slice(0, region.shape[2]))]
     boxes = cc3d.statistics(cc3d.connected_components(region, connectivity=26))["bounding_boxes"][1:]
     windows = [
         window_around([s.start for s in b], [s.stop for s in b], region.shape, network.margin, network.divisible)
@@ -137,8 +144,7 @@ def find_windows(region: np.ndarray, network: CascadeUNet) -> list[Window]:
         low = [min(a.start, b.start) for a, b in zip(window, touching, strict=True)]
         high = [max(a.stop, b.stop) for a, b in zip(window, touching, strict=True)]
         windows.append(window_around(low, high, region.shape, (0, 0, 0), network.divisible))
-    covered = sum(int(np.prod([s.stop - s.start for s in w])) for w in merged)
-    return merged if covered < region.size else [whole]
+    return merged
 
 
 def _overlap(one: Window, other: Window) -> bool:

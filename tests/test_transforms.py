@@ -123,7 +123,7 @@ class TestModelGrid:
 
 
 def inside_of(grid: Grid, points: np.ndarray, spacing_mm) -> np.ndarray:
-    """Points whose widest interpolation triangle or slice group lies inside the grid: the border repeats its samples."""
+    """Points whose widest triangle or slice group lies inside the grid: the border repeats its samples."""
     index = (points - grid.affine[:3, 3]) @ np.linalg.inv(grid.affine[:3, :3]).T
     reach = [max(spacing_mm) / edge for edge in grid.edge_mm]
     return np.all((index >= reach) & (index <= np.array(grid.shape) - 1 - reach), axis=-1)
