@@ -27,7 +27,14 @@ def run_demo(out: Path, cases: int, seed: int) -> int:
     with tqdm(total=cases, desc="phantoms", unit="case", file=sys.stderr) as bar:
         manifest = write_dataset(out / "phantoms", cases, seed, on_case=lambda case_id: bar.update())
     shared = [f"tracking_uri=sqlite:///{(out / 'mlflow.db').resolve()}", "experiment=demo"]
-    train = ["bundle=cascade3d", f"data={manifest}", "preset=cpu", f"seed={seed}", f"out={out / 'run'}", "overwrite=true"]
+    train = [
+        "bundle=cascade3d",
+        f"data={manifest}",
+        "preset=cpu",
+        f"seed={seed}",
+        f"out={out / 'run'}",
+        "overwrite=true",
+    ]
     commands.train(Settings.of([*train, *shared]))
     bundle = f"bundle={out / 'run' / 'bundle'}"
     status = commands.evaluate(
