@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from ich_pipeline.errors import IchError
+from ich_pipeline.errors import own_error
 from ich_pipeline.pipeline import Pipeline
 from ich_pipeline.records import CaseRecord
 from ich_pipeline.report import CaseRow, write_tables
@@ -17,11 +17,9 @@ log = logging.getLogger(__name__)
 
 def reason(error: BaseException) -> str:
     """What went wrong in one line: our own error behind what a library wrapped around it, or the error's type."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, IchError):
-            return " ".join(str(cause).split())
-        cause = cause.__cause__
+    own = own_error(error)
+    if own is not None:
+        return " ".join(str(own).split())
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ich_pipeline import __version__
-from ich_pipeline.errors import ConfigError, IchError
+from ich_pipeline.errors import ConfigError, IchError, own_errors
 
 OK, SOME_FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 130
 
@@ -205,12 +205,13 @@ def data_index(
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit: 0 all done, 1 some cases failed, 2 the call was wrong, 130 interrupted."""
     try:
-        status = app(args=argv, prog_name="ich-pipeline", standalone_mode=False)
+        with own_errors():
+            status = app(args=argv, prog_name="ich-pipeline", standalone_mode=False)
     except IchError as error:
         print(f"error: {error}", file=sys.stderr)
         status = WRONG_CALL
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print("interrupted; the same command goes on where this one stopped (train: with resume=true)", file=sys.stderr)
         status = INTERRUPTED
     except Exception as error:
         status = _usage(error)

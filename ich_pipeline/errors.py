@@ -1,5 +1,8 @@
 """The errors a user meets. Each message gives case, found, expected and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class IchError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -19,3 +22,23 @@ class ReadError(IchError):
 
 class GeometryError(IchError):
     """A grid that is broken, or two grids that should be one and are not."""
+
+
+def own_error(error: BaseException) -> IchError | None:
+    """Our own error behind what a library wrapped around it (MONAI's parser and transforms do), None if there is none."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, IchError):
+        cause = cause.__cause__
+    return cause
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise our own error in place of what a library wrapped around it."""
+    try:
+        yield
+    except Exception as error:
+        own = own_error(error)
+        if own is None or own is error:
+            raise
+        raise own from error

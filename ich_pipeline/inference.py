@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ich_pipeline.bundles import Bundle
 from ich_pipeline.engines import check_hash, pick_device
-from ich_pipeline.errors import ConfigError
+from ich_pipeline.errors import ConfigError, own_errors
 from ich_pipeline.reading import find_scans
 from ich_pipeline.records import CaseRecord, NativeMask, Scan
 from ich_pipeline.transforms import scan_of
@@ -79,12 +79,13 @@ class Segmenter:
         self.bundle = bundle
         self.weights_sha256 = check_hash(bundle.weights)
         parser = ConfigParser({**config, "bundle_root": str(bundle.path)})
-        self.device = pick_device(parser.get_parsed_content("device"))
-        self.network = parser.get_parsed_content("network")
-        self.inferer = parser.get_parsed_content("inferer")
-        self.reading, *rest = parser.get_parsed_content("preprocessing").transforms
+        with own_errors():
+            self.device = pick_device(parser.get_parsed_content("device"))
+            self.network = parser.get_parsed_content("network")
+            self.inferer = parser.get_parsed_content("inferer")
+            self.reading, *rest = parser.get_parsed_content("preprocessing").transforms
+            steps = parser.get_parsed_content("postprocessing").transforms
         self.preprocessing = Compose(rest)
-        steps = parser.get_parsed_content("postprocessing").transforms
         cut = next(n for n, step in enumerate(steps) if isinstance(step, AsDiscreted))
         self.restoring = Compose(steps[:cut])
         self.thresholding = Compose([step for step in steps[cut:] if not isinstance(step, SaveImaged)])
