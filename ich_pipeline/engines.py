@@ -2,7 +2,9 @@
 
 import ctypes
 import json
+import re
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -20,6 +22,8 @@ from ich_pipeline.files import sha256_of
 
 ENGINES = ("torch", "openvino")
 AMP = ("auto", "on", "off")
+# Edge of the corner that OpenVINO's conversion looks at: can be halved seven times.
+TRACED_SIZE = 128
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
@@ -32,13 +36,13 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
         return name
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", str(name)):
+        raise ConfigError(f"device={name}: expected auto, cpu, cuda, cuda:N or mps")
     kind, _, index = str(name).partition(":")
     if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
         raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices. Use device=cpu.")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(f"device={name}: PyTorch finds no Apple GPU here. Use device=cpu.")
-    if kind not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"device={name}: expected auto, cpu, cuda, cuda:N or mps")
     return torch.device(name)
 
 
@@ -97,7 +101,7 @@ def check_hash(weights: Path) -> str:
         ConfigError: the metadata holds no hash or another one.
     """
     metadata_file = weights.parent.parent / "configs" / "metadata.json"
-    expected = json.loads(metadata_file.read_text())["weights_sha256"] if metadata_file.is_file() else None
+    expected = json.loads(metadata_file.read_text()).get("weights_sha256") if metadata_file.is_file() else None
     found = sha256_of(weights)
     if found != expected:
         raise ConfigError(
@@ -125,16 +129,25 @@ def bf16_is_faster() -> bool:
     return seconds(True) < 0.9 * seconds(False)
 
 
-def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
+def amp_mode(amp: str | bool) -> str:
+    """`auto`, `on` or `off`; YAML 1.1 reads a bare on or off as a boolean.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    mode = ("on" if amp else "off") if isinstance(amp, bool) else amp
+    if mode not in AMP:
+        raise ConfigError(f"amp={amp!r}: expected one of {', '.join(AMP)}")
+    return mode
+
+
+def autocast(device: torch.device, amp: str | bool) -> AbstractContextManager[Any]:
     """Mixed precision for a device: bf16 (float16 on CUDA devices without it); on CPU by default where it is faster.
 
     Raises:
         ConfigError: `amp` is not auto, on or off.
     """
-    # YAML 1.1 reads a bare on/off as a boolean
-    amp = {True: "on", False: "off"}.get(amp, amp)  # type: ignore[call-overload]
-    if amp not in AMP:
-        raise ConfigError(f"amp={amp!r}: expected one of {', '.join(AMP)}")
+    amp = amp_mode(amp)
     if amp == "off" or device.type == "mps":
         return nullcontext()
     if device.type == "cuda":
@@ -150,10 +163,10 @@ class OpenVINOStage(nn.Module):
         amp: `off` keeps float32; otherwise bf16 where the processor has it.
     """
 
-    def __init__(self, module: nn.Module, amp: str) -> None:
+    def __init__(self, module: nn.Module, amp: str | bool) -> None:
         super().__init__()
         self._module = [module]  # in a list: not a submodule, so no state dict or .to() reaches it
-        self._amp = amp
+        self._amp = amp_mode(amp)
         self._compiled: Callable[..., Any] | None = None
         self.precision = ""
 
@@ -168,13 +181,20 @@ class OpenVINOStage(nn.Module):
 
         core = ov.Core()
         has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        self.precision = "bf16" if has_bf16 and self._amp != "off" else "f32"
-        with torch.inference_mode(False), torch.no_grad():
-            model = ov.convert_model(self._module[0].float(), example_input=image.clone())
-        return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": self.precision})
+        hint = "bf16" if has_bf16 and self._amp != "off" else "f32"
+        # Traced here and on a corner: OpenVINO would run the whole image several times to check its own tracing, which
+        # took 111 of the 135 s that a head cost. Sizes stay open either way.
+        corner = image[(slice(1), slice(None), *[slice(TRACED_SIZE)] * (image.ndim - 2))]
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*torch.jit.trace.* is deprecated")
+            traced = torch.jit.trace(self._module[0].float(), corner.clone(), check_trace=False)
+            model = ov.convert_model(traced, example_input=corner.clone())
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+        self.precision = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
+        return compiled
 
 
-def to_openvino(network: nn.Module, amp: str) -> nn.Module:
+def to_openvino(network: nn.Module, amp: str | bool) -> nn.Module:
     """The network with its stages (or all of it) run by OpenVINO.
 
     Raises:
@@ -201,8 +221,8 @@ class AutocastInferer(Inferer):
     bf16 has float32's range, so no loss scaling is needed; a CUDA device without bf16 trains in float32.
     """
 
-    def __init__(self, amp: str = "auto") -> None:
-        self.amp = amp
+    def __init__(self, amp: str | bool = "auto") -> None:
+        self.amp = amp_mode(amp)
 
     def __call__(self, inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call the network; whatever it returns is returned."""
@@ -222,13 +242,22 @@ class EngineInferer(Inferer):
         amp: `auto`, `on` or `off`, see `autocast`.
     """
 
-    def __init__(self, inferer: Inferer, engine: str = "torch", amp: str = "auto") -> None:
+    def __init__(self, inferer: Inferer, engine: str = "torch", amp: str | bool = "auto") -> None:
         if engine not in ENGINES:
             raise ConfigError(f"engine={engine!r}: expected one of {', '.join(ENGINES)}")
         self.inferer = inferer
         self.engine = engine
-        self.amp = amp
+        self.amp = amp_mode(amp)
         self._converted: tuple[nn.Module, nn.Module] | None = None
+        self._torch_precision = ""
+
+    @property
+    def in_use(self) -> dict[str, str]:
+        """Engine, and the precision of its arithmetic: `f32`, `bf16`, `f16`, or empty before the first call."""
+        if self._converted is None:
+            return {"engine": self.engine, "precision": self._torch_precision}
+        stages = [m for m in self._converted[1].modules() if isinstance(m, OpenVINOStage)]
+        return {"engine": self.engine, "precision": "+".join(sorted({s.precision for s in stages if s.precision}))}
 
     def __call__(self, inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the wrapped inferer; (B, C, ...) in, its output in float32."""
@@ -240,4 +269,12 @@ class EngineInferer(Inferer):
         if inputs.device.type == "cpu":
             keep_heap()
         with torch.inference_mode(), autocast(inputs.device, self.amp):
+            self._torch_precision = _precision(inputs.device)
             return self.inferer(inputs, network, *args, **kwargs).float()
+
+
+def _precision(device: torch.device) -> str:
+    """Precision of convolutions on a device in the current autocast context."""
+    if not torch.is_autocast_enabled(device.type):
+        return "f32"
+    return {torch.bfloat16: "bf16", torch.float16: "f16"}[torch.get_autocast_dtype(device.type)]
