@@ -210,11 +210,10 @@ def main(argv: list[str] | None = None) -> None:
     except IchError as error:
         print(f"error: {error}", file=sys.stderr)
         status = WRONG_CALL
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped (train: with resume=true)", file=sys.stderr)
-        status = INTERRUPTED
     except Exception as error:
         status = _usage(error)
+    if status == INTERRUPTED:  # typer makes this status of Ctrl-C
+        print("interrupted; the same command goes on where this one stopped (train: with resume=true)", file=sys.stderr)
     sys.exit(status if isinstance(status, int) else OK)
 
 

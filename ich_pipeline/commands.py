@@ -115,10 +115,11 @@ def segment(scans: Sequence[Path], masks: Path, table: Path, settings: Settings)
         ConfigError: wrong settings, or `table` belongs to a run with other settings.
         ReadError: no scans there.
     """
-    from ich_pipeline.reading import find_scans
-
     bundle = settings.bundle()
     config = settings.config(bundle, "inference")["inference"]
+
+    from ich_pipeline.reading import find_scans
+
     cases = find_scans(scans)
     return segment_cases(cases, bundle, config, masks, table, settings)
 
@@ -291,10 +292,11 @@ def evaluate(settings: Settings) -> int:
         ConfigError: wrong settings.
         ManifestError: the manifest cannot be used, or has no labelled case in the split.
     """
-    from ich_pipeline.evaluation import compare, labelled_cases, write_evaluation
-
     bundle = settings.bundle()
     configs = settings.config(bundle, "inference", "evaluate")
+
+    from ich_pipeline.evaluation import compare, labelled_cases, write_evaluation
+
     manifest, split = configs["evaluate"]["data"], settings.run["split"]
     cases = labelled_cases(manifest, split)
     out = Path(settings.run["out"] or Path("evaluation") / bundle.name)
