@@ -15,8 +15,7 @@ from ich_pipeline.networks.cascade_unet import (
     CascadeLoss,
     CascadeOutput,
     CascadeUNet,
-    SupervisedLevels,
-    residual_unet,
+    ResidualUNet,
     window_around,
 )
 
@@ -241,7 +240,7 @@ class TestSkipAir:
 class TestNetwork:
     def test_published_size_of_the_bottleneck(self):
         # Section 4.1: 16 x 320 x 320 becomes 4 x 5 x 5 by six halvings in plane and two through plane.
-        stage, sizes = residual_unet([2] * 7).eval(), []
+        stage, sizes = ResidualUNet([2] * 7).eval(), []
         stage.bottleneck.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape[2:])))
         with torch.no_grad():
             out = stage(torch.zeros(1, 1, 16, 320, 320))
@@ -250,9 +249,11 @@ class TestNetwork:
 
     @torch.no_grad()
     def test_every_decoder_level_is_supervised(self):
-        stage = residual_unet([2] * 7).train()
-        assert stage(torch.rand(2, 1, 4, 64, 64)).shape == (2, 6, 2, 4, 64, 64)
-        assert residual_unet(TINY, spatial_dims=2).train()(torch.rand(2, 1, 32, 32)).shape == (2, 4, 2, 32, 32)
+        levels = ResidualUNet([2] * 7).train()(torch.rand(2, 1, 4, 64, 64))
+        # one a decoder level, at its own resolution: six in-plane halvings give six decoder levels
+        assert [tuple(level.shape[3:]) for level in levels] == [(64 // 2**n, 64 // 2**n) for n in range(6)]
+        flat = ResidualUNet(TINY, spatial_dims=2).train()(torch.rand(2, 1, 32, 32))
+        assert [tuple(level.shape) for level in flat] == [(2, 2, 32 // 2**n, 32 // 2**n) for n in range(4)]
 
     def test_stages_have_weights_of_their_own(self):
         network = CascadeUNet(TINY)
@@ -280,8 +281,8 @@ class TestNetwork:
         label[0, 0, 2, 50, 7] = label[1, 0, 7, 0, 63] = 1
         for _ in range(3):
             output = network(image, label)
-            assert output.coarse.shape == (2, 4, 2, 8, 64 // coarse_scale, 64 // coarse_scale)
-            assert output.fine.shape == (2, 4, 2, 4, 16, 16)
+            assert output.coarse[0].shape == (2, 2, 8, 64 // coarse_scale, 64 // coarse_scale)
+            assert output.fine[0].shape == (2, 2, 4, 16, 16)
             for item, window in enumerate(output.windows):
                 assert [s.stop - s.start for s in window] == [4, 16, 16]
                 assert label[item, 0][window].sum() == 1
@@ -293,10 +294,11 @@ class TestNetwork:
         stage = network.coarse_stage.forward
 
         def sees_one_spot(image):
-            logits = stage(image) * 0
-            logits[:, 0, 1] -= 20
-            logits[:, 0, 1, 5, 40, 20] = 20
-            return logits
+            logits, *lower = stage(image)
+            logits = logits * 0
+            logits[:, 1] -= 20
+            logits[:, 1, 5, 40, 20] = 20
+            return [logits, *lower]
 
         network.coarse_stage.forward = sees_one_spot
         for _ in range(3):  # a false alarm of stage one is what stage two must learn to reject
@@ -320,7 +322,7 @@ class TestNetwork:
         label = torch.zeros(2, 1, 8, 64, 64)
         label[0, 0, 3:5, 20:40, 24:30] = label[1, 0, 1, 5, 5] = 1
         output = network(torch.rand(2, 1, 8, 64, 64), label)
-        assert output.fine.shape == (2, 4, 2, 4, 32, 32)
+        assert output.fine[0].shape == (2, 2, 4, 32, 32)
         for item, window in enumerate(output.windows):
             assert label[item, 0][window].sum() == label[item].sum()
 
@@ -341,9 +343,19 @@ class TestLoss:
         loss = DiceCELoss(to_onehot_y=True, softmax=True)
         label = (torch.rand(2, 1, 4, 32, 32) > 0.8).float()
         windows = [(slice(0, 4), slice(0, 16), slice(8, 24)), (slice(0, 4), slice(16, 32), slice(0, 16))]
-        output = CascadeOutput(torch.randn(2, 3, 2, 4, 32, 32), torch.randn(2, 3, 2, 4, 16, 16), windows)
+        sizes = [1, 2, 4]
+        output = CascadeOutput(
+            [torch.randn(2, 2, 4, 32 // n, 32 // n) for n in sizes],
+            [torch.randn(2, 2, 4, 16 // n, 16 // n) for n in sizes],
+            windows,
+        )
         crops = torch.cat([label[(slice(n, n + 1), slice(None), *w)] for n, w in enumerate(windows)])
-        expected = sum(loss(output.coarse[:, level], label) + loss(output.fine[:, level], crops) for level in range(3))
+        # nearest-exact by a power of two takes the sample right of each block's middle
+        expected = sum(
+            loss(output.coarse[level], label[..., n // 2 :: n, n // 2 :: n])
+            + loss(output.fine[level], crops[..., n // 2 :: n, n // 2 :: n])
+            for level, n in enumerate(sizes)
+        )
         assert float(CascadeLoss(loss)(output, label)) == pytest.approx(float(expected), rel=1e-6)
 
     def test_label_is_brought_to_the_size_of_each_stage(self):
@@ -351,14 +363,14 @@ class TestLoss:
         label = torch.zeros(1, 1, 4, 32, 32)
         label[..., 8:16, 4:12] = 1
         half = label[..., ::2, ::2]
-        logits = 40 * torch.cat([0.5 - half, half - 0.5], dim=1)[:, None]
+        logits = 40 * torch.cat([0.5 - half, half - 0.5], dim=1)
         window = (slice(0, 4), slice(4, 20), slice(0, 16))
         crop = label[(slice(None), slice(None), *window)]
         enlarged = F.interpolate(crop, size=(4, 32, 32), mode="nearest")
-        fine = 40 * torch.cat([0.5 - enlarged, enlarged - 0.5], dim=1)[:, None]
+        fine = 40 * torch.cat([0.5 - enlarged, enlarged - 0.5], dim=1)
         loss = CascadeLoss(DiceCELoss(to_onehot_y=True, softmax=True))
-        assert float(loss(CascadeOutput(logits, fine, [window]), label)) < 1e-3
-        assert float(loss(CascadeOutput(-logits, fine, [window]), label)) > 1
+        assert float(loss(CascadeOutput([logits], [fine], [window]), label)) < 1e-3
+        assert float(loss(CascadeOutput([-logits], [fine], [window]), label)) > 1
 
     def test_gradient_reaches_every_weight(self):
         network = CascadeUNet(TINY, coarse_scale=2, fine_size=(4, 32, 32), resize=False).train()
@@ -366,9 +378,3 @@ class TestLoss:
         label[:, :, 1:3, 20:40, 20:40] = 1
         CascadeLoss(DiceCELoss(to_onehot_y=True, softmax=True))(network(image, label), label).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-
-    def test_single_stage(self):
-        loss, label = DiceCELoss(to_onehot_y=True, softmax=True), (torch.rand(1, 1, 4, 16, 16) > 0.5).float()
-        output = torch.randn(1, 3, 2, 4, 16, 16)
-        expected = sum(loss(output[:, level], label) for level in range(3))
-        assert float(SupervisedLevels(loss)(output, label)) == pytest.approx(float(expected), rel=1e-6)

@@ -12,13 +12,7 @@ from torch.nn import functional as F
 Window = tuple[slice, slice, slice]  # voxels of the model grid, in (slices, rows, columns)
 
 
-def residual_unet(
-    filters: Sequence[int],
-    spatial_dims: int = 3,
-    in_channels: int = 1,
-    out_channels: int = 2,
-    norm_name: str = "batch",
-) -> DynUNet:
+class ResidualUNet(DynUNet):
     """One stage: MONAI's DynUNet with residual blocks, as deep as `filters` is long.
 
     Section 4.1 fixes six in-plane and two through-plane halvings (16 x 320 x 320 to 4 x 5 x 5) and says nothing of
@@ -31,38 +25,53 @@ def residual_unet(
         in_channels: image channels.
         out_channels: classes, background included.
         norm_name: `batch` as published.
-
-    Returns:
-        In training mode logits of every decoder level, resized to the input: (B, levels, out, S, R, C); in
-        evaluation mode (B, out, S, R, C). Rows and columns must be multiples of 2 ** (levels - 1), slices of 4.
     """
-    levels = len(filters)
-    across = [1, 1, 1, 2, 2] + [1] * levels  # stride across slices, level by level
-    strides = [[1, 1, 1]] + [[across[level], 2, 2] for level in range(1, levels)]
-    kernels = [[1 if level < 2 else 3, 3, 3] for level in range(levels)]
-    if spatial_dims == 2:
-        strides, kernels = [s[1:] for s in strides], [k[1:] for k in kernels]
-    return DynUNet(
-        spatial_dims=spatial_dims,
-        in_channels=in_channels,
-        out_channels=out_channels,
-        kernel_size=kernels,
-        strides=strides,
-        upsample_kernel_size=strides[1:],
-        filters=list(filters),
-        norm_name=norm_name,
-        act_name="relu",
-        res_block=True,
-        deep_supervision=True,
-        deep_supr_num=levels - 2,
-    )
+
+    def __init__(
+        self,
+        filters: Sequence[int],
+        spatial_dims: int = 3,
+        in_channels: int = 1,
+        out_channels: int = 2,
+        norm_name: str = "batch",
+    ) -> None:
+        levels = len(filters)
+        across = [1, 1, 1, 2, 2] + [1] * levels  # stride across slices, level by level
+        strides = [[1, 1, 1]] + [[across[level], 2, 2] for level in range(1, levels)]
+        kernels = [[1 if level < 2 else 3, 3, 3] for level in range(levels)]
+        if spatial_dims == 2:
+            strides, kernels = [s[1:] for s in strides], [k[1:] for k in kernels]
+        super().__init__(
+            spatial_dims=spatial_dims,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            kernel_size=kernels,
+            strides=strides,
+            upsample_kernel_size=strides[1:],
+            filters=list(filters),
+            norm_name=norm_name,
+            act_name="relu",
+            res_block=True,
+            deep_supervision=True,
+            deep_supr_num=levels - 2,
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Logits of a (B, C, S, R, C) image; rows and columns multiples of 2 ** (levels - 1), slices of 4.
+
+        Returns:
+            In evaluation mode (B, out, S, R, C). In training mode the same first, then each lower decoder level at
+            its own resolution: DynUNet itself would enlarge them all, which costs a third of a training step.
+        """
+        logits = self.output_block(self.skip_layers(image))
+        return [logits, *self.heads] if self.training else logits
 
 
 class CascadeOutput(NamedTuple):
-    """What one training step of the cascade gives; logits are (B, levels, 2, ...)."""
+    """What one training step of the cascade gives: logits of every decoder level, the highest resolution first."""
 
-    coarse: torch.Tensor
-    fine: torch.Tensor
+    coarse: list[torch.Tensor]
+    fine: list[torch.Tensor]
     windows: list[Window]  # where stage two looked, a window a batch item
 
 
@@ -70,7 +79,7 @@ class CascadeUNet(nn.Module):
     """Stage one on the whole patch at lower resolution, stage two on the region that stage one found.
 
     Args:
-        filters: channels of both stages, see `residual_unet`.
+        filters: channels of both stages, see `ResidualUNet`.
         norm_name: normalisation of both stages.
         coarse_scale: in-plane reduction before stage one; 1 is the published full resolution.
         fine_size: (S, R, C) of stage two's window while training.
@@ -92,8 +101,8 @@ class CascadeUNet(nn.Module):
         margin: Sequence[int] = (1, 16, 16),
     ) -> None:
         super().__init__()
-        self.coarse_stage = residual_unet(filters, norm_name=norm_name)
-        self.fine_stage = residual_unet(filters, norm_name=norm_name)
+        self.coarse_stage = ResidualUNet(filters, norm_name=norm_name)
+        self.fine_stage = ResidualUNet(filters, norm_name=norm_name)
         self.coarse_scale = coarse_scale
         self.fine_size = tuple(fine_size)
         self.resize = resize
@@ -146,7 +155,7 @@ class CascadeUNet(nn.Module):
     def _train_step(self, image: torch.Tensor, label: torch.Tensor) -> CascadeOutput:
         coarse = self.coarse_stage(self.reduce(image))
         with torch.no_grad():
-            found = torch.softmax(coarse[:, 0].float(), dim=1)[:, 1:] > 0.5
+            found = torch.softmax(coarse[0].float(), dim=1)[:, 1:] > 0.5
             found = self.enlarge(found.float()) > 0.5
             regions = (found | (label > 0))[:, 0]
         windows, crops = [], []
@@ -213,27 +222,13 @@ class CascadeLoss(nn.Module):
 
     def forward(self, output: CascadeOutput, label: torch.Tensor) -> torch.Tensor:
         """Sum over stages and levels; `label` is that of the whole patch."""
-        coarse_label = F.interpolate(label.float(), size=output.coarse.shape[3:], mode="trilinear").round()
+        coarse_label = F.interpolate(label.float(), size=output.coarse[0].shape[2:], mode="trilinear").round()
         crops = [
             F.interpolate(
                 label[(slice(item, item + 1), slice(None), *window)].float(),
-                size=output.fine.shape[3:],
+                size=output.fine[0].shape[2:],
                 mode="trilinear",
             ).round()
             for item, window in enumerate(output.windows)
         ]
-        return self.levels(list(output.coarse.unbind(1)), coarse_label) + self.levels(
-            list(output.fine.unbind(1)), torch.cat(crops)
-        )
-
-
-class SupervisedLevels(nn.Module):
-    """`CascadeLoss` for one stage: the single-stage ablations of Table 1."""
-
-    def __init__(self, loss: nn.Module) -> None:
-        super().__init__()
-        self.levels = DeepSupervisionLoss(loss, weight_mode="same")
-
-    def forward(self, output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """Sum over the levels of a (B, levels, 2, ...) output."""
-        return self.levels(list(output.unbind(1)), label)
+        return self.levels(output.coarse, coarse_label) + self.levels(output.fine, torch.cat(crops))
