@@ -1,0 +1,206 @@
+"""One phantom from its seed: a head, its hemorrhages and its scan."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ich_pipeline.geometry import Grid
+from ich_pipeline.labels import Subtype
+from ich_pipeline.phantom import bleeds as bl
+from ich_pipeline.phantom.anatomy import Brain, Interior, Person, Room, build_brain, build_head
+from ich_pipeline.phantom.bleeds import Bleed, Plan
+from ich_pipeline.phantom.fields import Array, Texture, share, smoothstep
+from ich_pipeline.phantom.scanner import Lattice, Protocol, Push, draw_protocol, scan_hu, shares
+from ich_pipeline.phantom.settings import PhantomCase, PhantomSettings, boxes_of
+from ich_pipeline.records import NiftiForms, Scan
+
+DEFAULT = PhantomSettings()
+
+
+def make_case(
+    case_id: str, seed: int, settings: PhantomSettings = DEFAULT, background: Scan | None = None
+) -> PhantomCase:
+    """Make one synthetic head CT with its truth; the same arguments give the same voxels.
+
+    Args:
+        seed: of everything drawn.
+        settings: ranges to draw from.
+        background: a real scan to put the hemorrhages into instead of a synthetic head; its grid is kept.
+
+    Raises:
+        ReadError: no skull with a brain in it can be found in the background.
+        ConfigError: the settings leave no subtype that can be put into the background.
+    """
+    if background is not None:
+        from ich_pipeline.phantom.background import bleed_into
+
+        return bleed_into(case_id, seed, settings, background)
+    streams = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(5)]
+    head_rng, texture_rng, bleed_rng, scan_rng, noise_rng = streams
+    person = Person.draw(head_rng, settings.age_years)
+    protocol = draw_protocol(scan_rng, settings)
+    texture = Texture(texture_rng)
+    head_hu, inside = build_head(person, head_rng, texture)
+    plans = [] if bleed_rng.random() < settings.clean_fraction else bl.plan_bleeds(bleed_rng, settings, list(Subtype))
+    brain, made = _bleeding_brain(inside, person, plans, head_rng, bleed_rng, protocol)
+    flat = head_hu.reshape(-1)
+    bone = flat[inside.index]
+    hu = np.where(inside.share < 1, bone + inside.share * (brain.hu - CSF_FILL), brain.hu)
+    flat[inside.index] = hu
+    lattice = Lattice(protocol, scan_rng, _mass_effect(plans, made, inside, bleed_rng))
+    image_hu = scan_hu(lattice, head_hu, noise_rng)
+    return _with_truth(case_id, seed, person, protocol, lattice, inside, made, image_hu)
+
+
+CSF_FILL = 7  # what build_head fills the cavity with
+
+
+def _bleeding_brain(
+    inside: Interior,
+    person: Person,
+    plans: Sequence[Plan],
+    head_rng: np.random.Generator,
+    rng: np.random.Generator,
+    protocol: Protocol,
+) -> tuple[Brain, list[Bleed]]:
+    """Extra-axial blood first, as the brain makes way for it; then the brain; then blood in it, painted over."""
+    room = bl.no_room(inside)
+    made: list[Bleed] = []
+    by_kind = {plan.subtype: plan for plan in plans}
+    for subtype in (Subtype.EDH, Subtype.SDH):
+        if subtype in by_kind:
+            plan = by_kind[subtype]
+            half = share(plan.side * inside.x - 1.2) * ~inside.infratentorial
+            bleed, thickness = bl.extra_axial(inside, plan, rng, half)
+            made.append(bleed)
+            np.maximum(room.clot_mm, thickness, out=room.clot_mm)
+    order = None
+    if Subtype.SAH in by_kind:
+        order, room.widen_mm = bl.subarachnoid_reach(inside, by_kind[Subtype.SAH], rng)
+    room.ventricle_scale = _ventricle_scale(plans, rng)
+    brain = build_brain(inside, person, head_rng, room)
+    free = 1 - np.clip(sum((b.blood for b in made), np.zeros_like(brain.hu)), 0, 1) - brain.barrier
+    free = np.maximum(free, 0)
+    if Subtype.IPH in by_kind:
+        made.append(_clots(inside, brain, by_kind[Subtype.IPH], rng, free))
+        free = np.maximum(free - made[-1].blood, 0)
+    if Subtype.IVH in by_kind:
+        made.append(bl.intraventricular(inside, brain, by_kind[Subtype.IVH], rng, protocol.gravity, free))
+    if order is not None:
+        made.append(bl.subarachnoid(inside, brain, by_kind[Subtype.SAH], order, free))
+    bl.mix_bleeds(brain.hu, made)
+    return brain, made
+
+
+def _clots(inside: Interior, brain: Brain, plan: Plan, rng: np.random.Generator, free: Array) -> Bleed:
+    sites = bl.iph_sites(plan, rng)
+    tissue = (1 - brain.ventricle) * (1 - 0.6 * brain.cistern) * free * smoothstep(inside.depth_mm, 0.5, 2)
+    low = sites[0][2] < -30 and sites[0][1] < -10
+    tissue *= inside.infratentorial if low else ~inside.infratentorial
+    if not low:  # the falx holds a clot back where it reaches; the brain below it does not
+        tissue *= smoothstep(np.sign(sites[0][0]) * inside.x, -3, 0) if len(sites) == 1 else 1
+    return bl.intraparenchymal(inside, plan, rng, tissue.astype(np.float32), brain.white, sites)
+
+
+def _ventricle_scale(plans: Sequence[Plan], rng: np.random.Generator) -> tuple[float, float]:
+    """(right, left): a mass narrows the ventricle on its side and may block the other; blood in them widens both."""
+    scale = [1.0, 1.0]
+    for plan in plans:
+        near = 0 if plan.side > 0 else 1
+        if plan.subtype in (Subtype.IVH, Subtype.SAH):
+            widening = 1 + rng.uniform(0, 0.35) * (1 if plan.subtype is Subtype.IVH else 0.6)
+            scale = [s * widening for s in scale]
+        else:
+            pressure = min(plan.volume_ml / 100, 1.0)
+            scale[near] *= 1 - 0.55 * pressure
+            scale[1 - near] *= 1 + 0.15 * pressure
+    return scale[0], scale[1]
+
+
+def _mass_effect(
+    plans: Sequence[Plan], made: Sequence[Bleed], inside: Interior, rng: np.random.Generator
+) -> Push | None:
+    """Midline shift that grows with volume (about 1 mm in 10 mL, Zazulia et al., Stroke 1999;30:1167, order only)."""
+    masses = [p for p in plans if p.subtype in (Subtype.EDH, Subtype.IPH, Subtype.SDH)]
+    if not masses:
+        return None
+    shift = sum(-p.side * p.volume_ml * rng.uniform(0.05, 0.15) for p in masses)
+    lesions = []
+    for bleed in made:
+        if bleed.subtype is Subtype.IPH:
+            weight = bleed.blood / max(float(bleed.blood.sum()), 1e-6)
+            centre = tuple(float((weight * axis).sum()) for axis in (inside.x, inside.y, inside.z))
+            radius = (3 * float(bleed.blood.sum()) / (4 * np.pi)) ** (1 / 3)
+            lesions.append((centre, radius + 2, 0.08 * radius))
+    return Push(float(np.clip(shift, -14, 14)), (float(rng.normal(5, 10)), 12.0), tuple(lesions))
+
+
+def _with_truth(
+    case_id: str,
+    seed: int,
+    person: Person,
+    protocol: Protocol,
+    lattice: Lattice,
+    inside: Interior,
+    made: Sequence[Bleed],
+    image_hu: NDArray[np.int16],
+) -> PhantomCase:
+    grid = Grid(protocol.shape, protocol.affine)
+    volumes = {bleed.subtype.name: inside.volume(bleed.blood) for bleed in made}
+    volumes["brain"] = inside.volume(inside.share)
+    edema = [bleed.edema for bleed in made if bleed.edema is not None]
+    if edema:
+        volumes["edema"] = inside.volume(edema[0])
+    sampled = shares(lattice, volumes)
+    brain = sampled.pop("brain") >= 0.5
+    swollen = sampled.pop("edema") if edema else np.zeros(grid.shape, np.float32)
+    label = label_of(sampled, grid.shape) * brain
+    truth = {
+        "seed": seed,
+        "background": None,
+        "age": round(person.age, 1),
+        "atrophy": round(person.atrophy, 3),
+        "tilt_deg": round(protocol.tilt_deg, 4),
+        "slice_mm": protocol.slice_mm,
+        "pixel_mm": protocol.pixel_mm,
+        "noise_hu": round(protocol.noise_hu, 3),
+        "field_cut": protocol.cut,
+        "gravity_head": [round(float(g), 5) for g in protocol.gravity],
+    } | volumes_of(sampled, label, swollen, grid)
+    forms = scanner_forms(grid)
+    scan = Scan(case_id, image_hu, grid, forms, Path(f"{case_id}.nii.gz"))
+    return PhantomCase(scan, label, (swollen >= 0.5) & (label == 0), brain, boxes_of(case_id, label), truth)
+
+
+def label_of(blood: dict[str, Array], shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Voxels at least half full of blood, with the subtype that has the most of it."""
+    label = np.zeros(shape, np.uint8)
+    most = np.zeros(shape, np.float32)
+    total = np.zeros(shape, np.float32)
+    for name, amount in blood.items():
+        more = amount > most
+        label[more] = Subtype[name]
+        np.maximum(most, amount, out=most)
+        total += amount
+    label[total < 0.5] = 0
+    return label
+
+
+def volumes_of(blood: dict[str, Array], label: NDArray[np.uint8], edema: Array, grid: Grid) -> dict[str, object]:
+    """Continuous volume by subtype in the field of view, and that of the label's voxels, in mL."""
+    ml = grid.voxel_volume_mm3 / 1000
+    continuous = {name: round(float(amount.sum(dtype=np.float64)) * ml, 5) for name, amount in sorted(blood.items())}
+    counted = {s.name: round(int((label == s).sum()) * ml, 5) for s in Subtype if (label == s).any()}
+    return {
+        "volume_ml": continuous,
+        "label_volume_ml": counted,
+        "edema_ml": round(float(edema.sum(dtype=np.float64)) * ml, 5),
+    }
+
+
+def scanner_forms(grid: Grid) -> NiftiForms:
+    """sform code 1; a qform only where there is no shear, which it cannot hold."""
+    upright = grid.tilt_deg < 1e-3
+    return NiftiForms(grid.affine, 1, grid.affine if upright else None, 1 if upright else 0)
