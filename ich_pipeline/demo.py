@@ -44,7 +44,7 @@ def run_demo(out: Path, cases: int, seed: int) -> int:
     status |= commands.segment([out / "phantoms" / "images"], table.parent / "masks", table, Settings.of([bundle]))
     print(f"""
 {SYNTHETIC}
-held-out cases   {out / "evaluation" / "evaluation.md"} (scores), evaluation.csv (a row a case), scatter.png, bland_altman.png
+held-out cases   {out / "evaluation" / "evaluation.md"} (scores), evaluation.csv (a row a case), plots
 pictures         {out / "evaluation" / "pictures"}
 batch volumes    {table}, lesions.csv, run.json, masks/, pictures/
 trained bundle   {out / "run" / "bundle"}
