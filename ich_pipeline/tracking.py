@@ -96,6 +96,7 @@ class Tracker:
 
         The alias moves to the new version when no version has it yet, or when both were measured with the same metric
         and the new value is not worse. Whether both were measured on the same cases is the caller's to know.
+        What a run registers again with the same content and metric stays one version.
 
         Args:
             bundle_dir: a bundle; its LICENSE, configs, docs and models are sent.
@@ -201,7 +202,7 @@ class MlflowTracker(Tracker):
             "metric": repr(float(metric)),
             "manifest_sha256": run.data.tags.get("manifest_sha256", ""),
         }
-        version = self._client.create_model_version(
+        version = self._version_like(name, version_tags) or self._client.create_model_version(
             name, f"{run.info.artifact_uri}/{place}", run_id=self.run_id, tags=version_tags
         )
         if reason := _why_not_champion(champion, metric_name, float(metric), higher_is_better):
@@ -209,6 +210,12 @@ class MlflowTracker(Tracker):
         else:
             self._client.set_registered_model_alias(name, alias, str(version.version))
         return str(version.version)
+
+    def _version_like(self, name: str, tags: Mapping[str, object]) -> Any:
+        """The version that this run made of the same content and metric before it was stopped, or None."""
+        versions = self._client.search_model_versions(f"run_id = '{self.run_id}'")
+        same = ("bundle_sha256", "metric_name", "metric")
+        return next((v for v in versions if v.name == name and all(v.tags.get(t) == tags[t] for t in same)), None)
 
     def close(self, reason: BaseException | None) -> None:
         """End the run: FINISHED, KILLED by Ctrl-C, or FAILED with the reason as the tag `failure`.

@@ -351,17 +351,24 @@ class Progress:
 
     def moved(self, engine: Engine) -> None:
         """One more step."""
-        shown = {"epoch": engine.state.epoch, "loss": f"{engine.state.output['loss'].item():.3f}"}
-        if self.evaluator is not None and self.evaluator.state.metrics:
-            shown |= {name: f"{float(value):.3f}" for name, value in self.evaluator.state.metrics.items()}
-        self.bar.set_postfix(shown, refresh=False)
+        self._show(engine)
         self.bar.update()
 
+    def _show(self, engine: Engine) -> None:
+        shown = {"epoch": engine.state.epoch, "loss": f"{engine.state.output['loss'].item():.3f}"}
+        if self.evaluator is not None:
+            shown |= {name: f"{float(value):.3f}" for name, value in self.evaluator.state.metrics.items()}
+        self.bar.set_postfix(shown, refresh=False)
+
     def ended(self, engine: Engine, error: Exception | None = None) -> None:
-        """Close the bar; an error goes on its way."""
-        self.bar.close()
+        """Close the bar, if it ever opened, with the last validation; an error goes on its way."""
         if error is not None:
+            if self.bar is not None:
+                self.bar.close()
             raise error
+        if engine.state.output is not None:  # None when there was nothing left to train
+            self._show(engine)
+        self.bar.close()
 
 
 def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) -> None:

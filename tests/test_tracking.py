@@ -8,17 +8,15 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlflow
-import psutil
 import pytest
 import yaml
 from mlflow.exceptions import MlflowException
+from mlflow_server import running_server
 
 from ich_pipeline import tracking
 from ich_pipeline.errors import ConfigError
@@ -48,55 +46,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of an MLflow server with a database and artifacts of its own."""
-    folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = f"--host 127.0.0.1 --port {port} --workers 1 --serve-artifacts --backend-store-uri sqlite:///mlflow.db"
-    command = [sys.executable, "-m", "mlflow", "server", *options.split(), "--artifacts-destination", "artifacts"]
-    with (folder / "log").open("w") as log:
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # its job runners start slowly
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True, env=environment)
-    try:
-        _wait_until_healthy(f"http://127.0.0.1:{port}", process, folder / "log")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        orphans = _end(process)
-    assert orphans == []
-
-
-def _wait_until_healthy(address: str, process: subprocess.Popen, log: Path) -> None:
-    for _ in range(600):
-        assert process.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    raise AssertionError(log.read_text())
-
-
-def _end(process: subprocess.Popen) -> list[psutil.Process]:
-    """Stop a server with its workers; returns what is still alive."""
-    family = []
-    with contextlib.suppress(psutil.NoSuchProcess):  # a server that died by itself is told by whoever waited for it
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for one in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.terminate()
-    _, stubborn = psutil.wait_procs(family, timeout=5)
-    for one in stubborn:
-        one.kill()
-    process.wait(10)
-    lost = [one for one in psutil.process_iter() if _session(one) == process.pid]
-    return [*psutil.wait_procs(stubborn, timeout=10)[1], *lost]
-
-
-def _session(process: psutil.Process) -> int | None:
-    try:
-        return os.getsid(process.pid)
-    except OSError:
-        return None
+    with running_server(tmp_path_factory.mktemp("server")) as address:
+        yield address
 
 
 @pytest.fixture
