@@ -1,9 +1,9 @@
 """A head in its own frame: skull, face and brain as shares of tissue on a 1 mm grid.
 
 Frame: RAS mm, origin between the foramina of Monro, x right, y anterior, z superior, the base of the skull roughly as
-in a scan along the orbitomeatal line. Sizes are those of adult anatomy atlases, rounded; each head is drawn around them.
-HU are those of the usual teaching tables at 120 kV: grey 37-39, white 27-29, CSF 4-10, muscle 55, fat -95, cortical
-bone 1100-1600, diploe 400-700.
+in a scan along the orbitomeatal line. Sizes are those of adult anatomy atlases, rounded; each head is drawn around
+them. HU are those of the usual teaching tables at 120 kV: grey 37-39, white 27-29, CSF 4-10, muscle 55, fat -95,
+cortical bone 1100-1600, diploe 400-700.
 """
 
 from dataclasses import dataclass, field
@@ -139,7 +139,7 @@ class Brain:
     barrier: Array = field(repr=False)  # falx and tentorium, which blood does not cross
 
 
-def build_head(person: Person, rng: np.random.Generator, texture: Texture) -> tuple[NDArray[np.float32], Interior]:
+def build_head(person: Person, rng: np.random.Generator, texture: Texture) -> tuple[Array, Interior]:
     """Everything but the brain: HU on the 1 mm grid (the cavity filled with CSF), and the points of the cavity."""
     base = _SkullBase()
     x, y, z = X_MM[:, None, None], Y_MM[None, :, None], Z_MM[None, None, :]
@@ -252,7 +252,7 @@ def _soft_tissue(hu: Array, cavity_mm: Array, person: Person, texture: Texture) 
 def _calvaria(hu: Array, cavity_mm: Array, base: _SkullBase, person: Person, texture: Texture) -> None:
     """Inner and outer table with diploe between; thin at the temples and at random spots, thick behind."""
     thickest = person.skull_mm + 6
-    wall = (cavity_mm < 1) & (cavity_mm > -thickest) & (Z_MM > base.wall_end_mm[..., None] - 2)
+    wall = (cavity_mm < 1) & (cavity_mm > -thickest) & (base.wall_end_mm[..., None] - 2 < Z_MM)
     index = np.flatnonzero(wall)
     i, j, k = np.unravel_index(index, SHAPE)
     x, y, z = X_MM[i], Y_MM[j], Z_MM[k]
@@ -275,7 +275,7 @@ def _calvaria(hu: Array, cavity_mm: Array, base: _SkullBase, person: Person, tex
     flat[index] += bone * (value - flat[index])
 
 
-def _paint(hu: Array, centre: tuple[float, float, float], reach: tuple[float, float, float]) -> tuple[Array, ...]:
+def _paint(hu: Array, centre: tuple[float, ...], reach: tuple[float, ...]) -> tuple[Array, Array, Array, Array]:
     """A view of the grid around a place, and open coordinates for it."""
     cut = []
     axes = []
@@ -355,8 +355,7 @@ def _face_side(hu: Array, side: int, person: Person, rng: np.random.Generator, t
 
     view, x, y, z = _paint(hu, (side * 56, -34, -48), (14, 20, 22))
     mastoid = ellipsoid(x, y, z, (side * 55, -34, -48), (12, 17, 19))
-    shape = np.broadcast_shapes(x.shape, y.shape, z.shape)
-    cells = texture(*(np.broadcast_to(p, shape) for p in (x, y, z)), 9)
+    cells = texture(*np.broadcast_arrays(x, y, z), wavelength_mm=9)
     _blend(view, share(mastoid), 800)
     _blend(view, share(mastoid - 2) * smoothstep(cells, -0.25, 0.25), AIR + (200 if rng.random() < 0.1 else 0))
     view, x, y, z = _paint(hu, (side * 62, -16, -46), (24, 5, 5))
@@ -366,8 +365,7 @@ def _face_side(hu: Array, side: int, person: Person, rng: np.random.Generator, t
 
 def _midface(hu: Array, person: Person, rng: np.random.Generator, texture: Texture) -> None:
     view, x, y, z = _paint(hu, (0, 62, -58), (15, 42, 34))
-    shape = np.broadcast_shapes(x.shape, y.shape, z.shape)
-    cells = texture(*(np.broadcast_to(p, shape) for p in (x, y, z)), 13)
+    cells = texture(*np.broadcast_arrays(x, y, z), wavelength_mm=13)
     nose = np.minimum(ellipsoid(x, y, z, (0, 64, -64), (13.5, 40, 32)), -42 - z)
     _blend(view, share(nose + 1), 500)
     _blend(view, share(nose), AIR)

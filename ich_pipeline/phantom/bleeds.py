@@ -1,7 +1,7 @@
 """Hemorrhages as shares of blood at the points inside a skull.
 
 Every shape is a field that orders the points by when blood would reach them; the field is cut at the level that holds
-the drawn volume. So volume and shape are drawn apart, and walls, falx and tentorium hold blood back by weighing nothing.
+the drawn volume. Volume and shape are drawn apart; walls, falx and tentorium hold blood back by weighing nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,6 +29,7 @@ ACUTE_HU = (58.0, 76.0)
 LATE_HU = (45.0, 58.0)
 ISODENSE_HU = (36.0, 46.0)
 LATE_CHANCE = 0.25
+CAST_CHANCE = 0.35
 ISODENSE_CHANCE = 0.2
 EDEMA_HU = 20
 
@@ -181,17 +182,23 @@ def subarachnoid(inside: Interior, brain: Brain, plan: Plan, order: Array, free:
 
 
 def intraventricular(
-    inside: Interior, brain: Brain, plan: Plan, rng: np.random.Generator, gravity: NDArray[np.float64], free: Array
+    inside: Interior,
+    brain: Brain,
+    plan: Plan,
+    rng: np.random.Generator,
+    gravity: NDArray[np.float64],
+    free: Array,
+    cast: bool,
 ) -> Bleed:
     """Blood in the ventricles: settled to a level, or a cast that fills one lateral ventricle first.
 
     Args:
         gravity: unit vector in the head's frame that points down in the scanner, to the back of a supine head.
+        cast: clotted in place, not settled.
     """
     x, y, z = inside.x, inside.y, inside.z
     space = np.where(brain.ventricle > 0.02, brain.ventricle * inside.share * free, 0).astype(np.float32)
     height = -(x * gravity[0] + y * gravity[1] + z * gravity[2]).astype(np.float32)
-    cast = rng.random() < 0.35
     if cast:
         order = 0.35 * height + 4 * inside.noise(17) + 16 * (x * plan.side < -1) + 6 * (np.abs(x) < 4)
     else:
@@ -226,7 +233,7 @@ def intraparenchymal(
     edema = np.zeros_like(blood)
     for site, volume_ml in zip(sites, np.maximum(parts, 0.15), strict=True):
         radius = (3000 * volume_ml / (4 * np.pi)) ** (1 / 3)
-        rim = float(rng.uniform(0.5, 9.0)) * min(1.0, radius / 12) * (1.3 if plan.stage == "subacute" else 1.0)
+        rim = float(rng.uniform(1.5, 9.0)) * min(1.0, radius / 12) * (1.3 if plan.stage == "subacute" else 1.0)
         reach = 3.2 * radius + rim + 5
         near = np.flatnonzero(
             (np.abs(inside.x - site[0]) < reach)
@@ -294,16 +301,17 @@ def iph_sites(plan: Plan, rng: np.random.Generator) -> list[tuple[float, float, 
     }[str(kind)]
     spread = {"lobar": 7.0, "putamen": 4.0, "cerebellum": 5.0}.get(str(kind), 2.0)
     first = np.array(middle) * (side, 1, 1) + rng.normal(0, spread, 3)
-    sites = [tuple(map(float, first))]
+    sites = [(float(first[0]), float(first[1]), float(first[2]))]
     if kind == "lobar" and rng.random() < 0.35:  # contusions come in groups
         for _ in range(int(rng.integers(1, 5))):
             other = np.array(lobes[int(rng.integers(len(lobes)))]) * (side if rng.random() < 0.7 else -side, 1, 1)
-            sites.append(tuple(map(float, other + rng.normal(0, 6, 3))))
+            other = other + rng.normal(0, 6, 3)
+            sites.append((float(other[0]), float(other[1]), float(other[2])))
     return sites
 
 
 def mix_bleeds(hu: Array, bleeds: Sequence[Bleed]) -> None:
-    """Paint edema, then blood, into HU in place. Where bleeds meet, the first keeps its share and no point overfills."""
+    """Paint edema, then blood, into HU in place. Where bleeds meet, the first keeps its share."""
     for bleed in bleeds:
         if bleed.edema is not None:
             low = np.minimum(hu, np.float32(EDEMA_HU) + 0.15 * (hu - EDEMA_HU))

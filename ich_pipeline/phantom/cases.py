@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from ich_pipeline.geometry import Grid
 from ich_pipeline.labels import Subtype
 from ich_pipeline.phantom import bleeds as bl
-from ich_pipeline.phantom.anatomy import Brain, Interior, Person, Room, build_brain, build_head
+from ich_pipeline.phantom.anatomy import Brain, Interior, Person, build_brain, build_head
 from ich_pipeline.phantom.bleeds import Bleed, Plan
 from ich_pipeline.phantom.fields import Array, Texture, share, smoothstep
 from ich_pipeline.phantom.scanner import Lattice, Protocol, Push, draw_protocol, scan_hu, shares
@@ -49,9 +49,12 @@ def make_case(
     bone = flat[inside.index]
     hu = np.where(inside.share < 1, bone + inside.share * (brain.hu - CSF_FILL), brain.hu)
     flat[inside.index] = hu
-    lattice = Lattice(protocol, scan_rng, _mass_effect(plans, made, inside, bleed_rng))
+    push = _mass_effect(plans, made, inside, bleed_rng)
+    lattice = Lattice(protocol, scan_rng, push)
     image_hu = scan_hu(lattice, head_hu, noise_rng)
-    return _with_truth(case_id, seed, person, protocol, lattice, inside, made, image_hu)
+    case = _with_truth(case_id, seed, person, protocol, lattice, inside, made, image_hu)
+    case.truth["midline_shift_mm"] = round(push.shift_mm, 3) if push else 0.0
+    return case
 
 
 CSF_FILL = 7  # what build_head fills the cavity with
@@ -87,7 +90,8 @@ def _bleeding_brain(
         made.append(_clots(inside, brain, by_kind[Subtype.IPH], rng, free))
         free = np.maximum(free - made[-1].blood, 0)
     if Subtype.IVH in by_kind:
-        made.append(bl.intraventricular(inside, brain, by_kind[Subtype.IVH], rng, protocol.gravity, free))
+        cast = rng.random() < bl.CAST_CHANCE
+        made.append(bl.intraventricular(inside, brain, by_kind[Subtype.IVH], rng, protocol.gravity, free, cast))
     if order is not None:
         made.append(bl.subarachnoid(inside, brain, by_kind[Subtype.SAH], order, free))
     bl.mix_bleeds(brain.hu, made)
@@ -131,9 +135,9 @@ def _mass_effect(
     for bleed in made:
         if bleed.subtype is Subtype.IPH:
             weight = bleed.blood / max(float(bleed.blood.sum()), 1e-6)
-            centre = tuple(float((weight * axis).sum()) for axis in (inside.x, inside.y, inside.z))
+            x, y, z = (float((weight * axis).sum()) for axis in (inside.x, inside.y, inside.z))
             radius = (3 * float(bleed.blood.sum()) / (4 * np.pi)) ** (1 / 3)
-            lesions.append((centre, radius + 2, 0.08 * radius))
+            lesions.append(((x, y, z), radius + 2, 0.08 * radius))
     return Push(float(np.clip(shift, -14, 14)), (float(rng.normal(5, 10)), 12.0), tuple(lesions))
 
 

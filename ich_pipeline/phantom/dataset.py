@@ -29,7 +29,6 @@ DEFAULT = PhantomSettings()
 # 6:1:3 in every ten of the clean and of the bleeding, and one of each split among the first three.
 SPLITS = ("train", "test", "val", "train", "train", "test", "train", "train", "test", "train")
 FOLDS = 5
-MASKS = ("labels", "edema", "brain")
 MANIFEST_COLUMNS = (
     *("case_id", "patient_id", "image", "label", "split", "fold", "subtype", "edema", "brain", "volume_ml"),
     *(f"{s.name.lower()}_ml" for s in Subtype),
@@ -150,7 +149,8 @@ def _write_case(index: int, *, out: Path, seed: int, settings: PhantomSettings, 
     own = replace(settings, clean_fraction=float(is_clean(index, settings.clean_fraction)))
     case = make_case(case_id, own_seed, own, _background(background) if background else None)
     _write_image(out / "images" / f"{case_id}.nii.gz", case.scan)
-    for folder, mask in zip(MASKS, (case.label, case.edema, case.brain), strict=True):
+    masks = {"labels": case.label, "edema": case.edema.view(np.uint8), "brain": case.brain.view(np.uint8)}
+    for folder, mask in masks.items():
         write_mask(out / folder / f"{case_id}.nii.gz", mask, case.scan.grid, case.scan.forms)
     patient = f"background_{background.name.split('.')[0]}" if background else case_id
     write_json(_truth_file(out, case_id), _truth(case_id, patient, case))

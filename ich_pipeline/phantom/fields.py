@@ -1,10 +1,12 @@
 """Smooth random fields, soft edges and spline matrices: the arithmetic that the phantom is made with."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import fft, ndimage, sparse
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]  # float32 wherever it is large
 
 TEXTURE_CELLS = 64
 CELLS_PER_WAVELENGTH = 8

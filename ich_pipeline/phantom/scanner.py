@@ -181,7 +181,7 @@ class Lattice:
         return thin.reshape(len(self.u), len(self.v), -1, self.sub).mean(axis=3)
 
     def _where(self, volume: Array) -> tuple[slice, ...]:
-        """Part of the lattice that can meet what is not 0 in a volume: a clot is small, and reading the rest is dear."""
+        """Part of the lattice that can meet what is not 0 in a volume: a clot is small, and reading is dear."""
         box = ndimage.find_objects((volume > 0).view(np.uint8))
         if not box:
             return (slice(0, 0),) * 3
