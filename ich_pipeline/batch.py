@@ -1,7 +1,6 @@
 """Many cases: reading, network and writing overlap, failures stay apart, every case keeps its row."""
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -49,20 +48,22 @@ def run_batch(
         on_row: called for every new row, in order.
 
     Returns:
-        Rows in the order of `cases`.
+        Rows in the order of `cases`; `seconds` are those of the case's own steps, whatever ran beside them.
     """
     rows = {row.case_id: row for row in done}
+    for row in rows.values():
+        pipeline.report.add_case(row.case_id, row.status)
     todo = [case for case in cases if case.case_id not in rows]
     order = [case.case_id for case in cases]
 
-    def keep(case: CaseRecord, finished: Future[CaseRow] | BaseException, started: float) -> None:
+    def keep(case: CaseRecord, finished: Future[CaseRow] | BaseException) -> None:
         try:
             if isinstance(finished, BaseException):
                 raise finished
             row = finished.result()
         except Exception as error:
             row = failed_row(case, error)
-        row = replace(row, seconds=time.perf_counter() - started)
+        row = replace(row, seconds=pipeline.report.case_seconds(case.case_id))
         rows[case.case_id] = row
         pipeline.report.add_case(case.case_id, row.status, error=row.error or None)
         write_tables(table, [rows[case_id] for case_id in order if case_id in rows])
@@ -70,9 +71,8 @@ def run_batch(
 
     with ThreadPoolExecutor(1, "read") as reading, ThreadPoolExecutor(1, "write") as writing:
         ahead = [reading.submit(pipeline.read, case) for case in todo[:1]]
-        behind: tuple[CaseRecord, Future[CaseRow] | BaseException, float] | None = None
+        behind: tuple[CaseRecord, Future[CaseRow] | BaseException] | None = None
         for n, case in enumerate(todo):
-            started = time.perf_counter()
             loading = ahead.pop()
             pipeline.report.add_input(case.image)
             try:
@@ -85,7 +85,7 @@ def run_batch(
                 finishing = error
             if behind:
                 keep(*behind)
-            behind = (case, finishing, started)
+            behind = (case, finishing)
         if behind:
             keep(*behind)
     return [rows[case_id] for case_id in order]

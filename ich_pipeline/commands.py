@@ -12,10 +12,10 @@ from tqdm import tqdm
 from ich_pipeline import bundles
 from ich_pipeline.bundles import Bundle, Config
 from ich_pipeline.errors import ConfigError
-from ich_pipeline.files import atomic_path
+from ich_pipeline.files import atomic_path, remove_leftovers
 from ich_pipeline.records import CaseRecord
-from ich_pipeline.report import CaseRow, read_rows, write_tables
-from ich_pipeline.run_report import RunReport
+from ich_pipeline.report import LESIONS_NAME, CaseRow, read_rows, write_tables
+from ich_pipeline.run_report import RunReport, plain
 
 TRAIN_CONFIGS = ("inference", "train", "evaluate", "metadata")
 # Folder of fetched models; they are checked against their hash at every use.
@@ -112,11 +112,18 @@ def segment(scans: Sequence[Path], masks: Path, table: Path, settings: Settings)
         0 when every case is ok, else 1.
 
     Raises:
-        ConfigError: wrong settings, or `table` belongs to a run with other settings.
+        ConfigError: wrong settings, `table` belongs to a run with other settings, or the masks would lie among the
+            scans.
         ReadError: no scans there.
     """
     bundle = settings.bundle()
     config = settings.config(bundle, "inference")["inference"]
+    inside = [scan for scan in scans if scan.is_dir() and masks.resolve().is_relative_to(scan.resolve())]
+    if inside:
+        raise ConfigError(
+            f"{masks} lies in {inside[0]}, where scans are looked for: its masks would be taken for scans. "
+            "Give an --out elsewhere."
+        )
 
     from ich_pipeline.reading import find_scans
 
@@ -132,12 +139,18 @@ def segment_cases(
     from ich_pipeline.inference import Segmenter
     from ich_pipeline.pipeline import Pipeline
 
-    report = RunReport({"run": settings.run, "inference": config})
-    done = _done_before(table, cases, {"run": settings.run, "inference": config}, bundle)
+    resolved = {"run": settings.run, "inference": config}
+    _check_targets(cases, masks)
+    done = [] if settings.run["overwrite"] else _done_before(table, cases, resolved, bundle)
+    report = RunReport(resolved)
     with report.stage("start"):
         segmenter = Segmenter(bundle, config)
+    if settings.run["overwrite"]:
+        _clear(cases, masks, table)
     report.bundle = {"name": bundle.name, "version": bundle.metadata["version"], "sha256": segmenter.weights_sha256}
     pictures = table.parent / "pictures" if settings.run["pictures"] else None
+    for folder in (table.parent, masks, *([pictures] if pictures else [])):
+        remove_leftovers(folder)
     pipeline = Pipeline(segmenter, masks, pictures, report)
     report.write(table.parent / "run.json")
     try:
@@ -187,27 +200,60 @@ def _shown(bar: Any, row: CaseRow) -> None:
 def _done_before(table: Path, cases: Sequence[CaseRecord], config: Mapping[str, Any], bundle: Bundle) -> list[CaseRow]:
     """Rows of an earlier run of the same command that need not be done again.
 
+    A case is done again when it failed, when its mask is gone, and when its scan is newer than its mask.
+
     Raises:
-        ConfigError: the table is of a run with other settings, other weights or other scans under the same ids.
+        ConfigError: the table is of a run with other settings, other weights or other scans.
     """
     run_file = table.parent / "run.json"
-    if config["run"]["overwrite"] or not table.is_file():
+    if not table.is_file():
         return []
     before = json.loads(run_file.read_text()) if run_file.is_file() else {}
-    now = {"config": json.loads(json.dumps(config)), "weights": bundle.metadata["weights_sha256"]}
-    then = {"config": before.get("config"), "weights": (before.get("bundle") or {}).get("sha256")}
+    now = (_decisive(plain(config)), bundle.metadata["weights_sha256"])
+    then = (_decisive(before.get("config") or {}), (before.get("bundle") or {}).get("sha256"))
     if now != then:
         raise ConfigError(
             f"{table} is of a run with other settings or weights. Give another --out, or overwrite=true to replace it."
         )
     sources = {case.case_id: case.image for case in cases}
-    rows = [row for row in read_rows(table) if row.status == "ok" and row.mask and row.mask.is_file()]
-    other = [row.case_id for row in rows if row.case_id in sources and row.image != sources[row.case_id]]
+    rows = [row for row in read_rows(table) if row.status == "ok"]
+    other = [row.case_id for row in rows if row.image != sources.get(row.case_id)]
     if other:
         raise ConfigError(
-            f"{table}: {other[0]} is another scan there ({len(other)} in all). Give another --out, or overwrite=true."
+            f"{table} also holds {other[0]}, which is not among these scans ({len(other)} in all). Give another --out, "
+            "or overwrite=true to replace it."
         )
-    return [row for row in rows if row.case_id in sources]
+    return [row for row in rows if row.image and row.mask and _is_newer(row.mask, row.image)]
+
+
+def _decisive(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What of a recorded config decides the files of a run."""
+    return config.get("inference"), (config.get("run") or {}).get("pictures")
+
+
+def _is_newer(mask: Path, scan: Path) -> bool:
+    return mask.is_file() and (not scan.exists() or mask.stat().st_mtime >= scan.stat().st_mtime)
+
+
+def _check_targets(cases: Sequence[CaseRecord], masks: Path) -> None:
+    """Refuse to write masks over scans.
+
+    Raises:
+        ConfigError: the mask of one case has the path of a scan.
+    """
+    scans = {case.image.resolve() for case in cases}
+    taken = [case for case in cases if (masks / f"{case.case_id}.nii.gz").resolve() in scans]
+    if taken:
+        raise ConfigError(f"{taken[0].case_id}: its mask would replace the scan itself in {masks}. Give another --out.")
+
+
+def _clear(cases: Sequence[CaseRecord], masks: Path, table: Path) -> None:
+    """Remove what an earlier run left of these cases, so that a case that fails now has no mask of other settings."""
+    for file in (table, table.with_name(LESIONS_NAME)):
+        file.unlink(missing_ok=True)
+    for case in cases:
+        (masks / f"{case.case_id}.nii.gz").unlink(missing_ok=True)
+        (table.parent / "pictures" / f"{case.case_id}.png").unlink(missing_ok=True)
 
 
 def train(settings: Settings) -> int:

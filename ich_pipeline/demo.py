@@ -41,7 +41,9 @@ def run_demo(out: Path, cases: int, seed: int) -> int:
         Settings.of([bundle, f"data={manifest}", "split=test", f"out={out / 'evaluation'}", "overwrite=true", *shared])
     )
     table = out / "volumes" / "volumes.csv"
-    status |= commands.segment([out / "phantoms" / "images"], table.parent / "masks", table, Settings.of([bundle]))
+    status |= commands.segment(
+        [out / "phantoms" / "images"], table.parent / "masks", table, Settings.of([bundle, "overwrite=true"])
+    )
     print(f"""
 {SYNTHETIC}
 held-out cases   {out / "evaluation" / "evaluation.md"} (scores), evaluation.csv (a row a case), plots

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,12 +24,22 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(6)}-{path.name}")
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(6)}-{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of `atomic_path` in a folder whose process was killed before it could remove them."""
+    import psutil  # a light command never comes here
+
+    for path in folder.glob(".*-*-*"):
+        owner = re.fullmatch(r"\.(\d+)-[0-9a-f]{12}-.+", path.name)
+        if owner and not psutil.pid_exists(int(owner[1])):
+            path.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path | str) -> str:

@@ -80,6 +80,11 @@ class Segmenter:
         self.weights_sha256 = check_hash(bundle.weights)
         parser = ConfigParser({**config, "bundle_root": str(bundle.path)})
         with own_errors():
+            if Path(parser.get_parsed_content("weights")).resolve() != bundle.weights.resolve():
+                raise ConfigError(
+                    f"weights={config['weights']}: results name the weights of their bundle. Give the folder of the "
+                    "bundle that holds them: bundle=FOLDER."
+                )
             self.device = pick_device(parser.get_parsed_content("device"))
             self.network = parser.get_parsed_content("network")
             self.inferer = parser.get_parsed_content("inferer")

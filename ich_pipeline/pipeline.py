@@ -47,10 +47,10 @@ class Pipeline:
         scan, mask = prediction.scan, prediction.mask
         stage = partial(self.report.stage, case_id=scan.case_id)
         mask_file = self.masks / f"{scan.case_id}.nii.gz"
-        with stage("write"):
-            write_mask(mask_file, mask.values, scan.grid, scan.forms)
         with stage("measure"):
             volumes = measure(scan.case_id, mask)
+        with stage("write"):
+            write_mask(mask_file, mask.values, scan.grid, scan.forms)
         if self.pictures:
             with stage("picture"):
                 picture = montage(scan.image_hu, mask, case_id=scan.case_id, report=volumes)

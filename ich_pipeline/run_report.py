@@ -145,6 +145,11 @@ class RunReport:
                 "seconds": {name: round(value, 6) for name, value in seconds.items()},
             }
 
+    def case_seconds(self, case_id: str) -> float:
+        """Seconds booked on a case so far, all stages together."""
+        with self._lock:
+            return sum(self._case_seconds[case_id].values())
+
     def write(self, path: Path, *, exit_status: int | None = None) -> None:
         """Write the report, whole or not at all; it may be written again and again as the run proceeds.
 
