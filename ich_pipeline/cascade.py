@@ -7,7 +7,7 @@ import cc3d
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.inferers import Inferer, SlidingWindowInferer
+from monai.inferers import Inferer, SlidingWindowInferer, sliding_window_inference
 from monai.utils import convert_to_dst_type
 from torch import nn
 from torch.nn import functional as F
@@ -16,6 +16,9 @@ from ich_pipeline.errors import ConfigError
 from ich_pipeline.networks.cascade_unet import CascadeUNet, Window, window_around
 
 MODES = ("fast", "full")
+# A stage of the published size holds seven tensors of 32 channels at once: 0.88 kB a voxel in float32, 4.1 GiB here.
+LARGEST_WINDOW_VOXELS = 5_000_000
+SLAB_OVERLAP = 8  # slices: an image of the size that calls for slabs is an image of many slices
 
 
 class CascadeInferer(Inferer):
@@ -33,6 +36,9 @@ class CascadeInferer(Inferer):
         coarse_threshold: probability above which stage one's voxel belongs to a region.
         mirror_axes: spatial axes of test-time mirroring (2 is left-right); every combination is averaged.
         sw_batch_size: windows in one forward pass.
+
+    Attributes:
+        regions: (B, 1, S, R, C) bool of the last call: what stage one found, before any mirroring.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class CascadeInferer(Inferer):
     ) -> None:
         if mode not in MODES:
             raise ConfigError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
+        self.regions: torch.Tensor | None = None
         self.mode = mode
         self.coarse_threshold = coarse_threshold
         self.mirror_axes = tuple(mirror_axes)
@@ -68,11 +75,14 @@ class CascadeInferer(Inferer):
         image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         flips = [c for n in range(len(self.mirror_axes) + 1) for c in combinations(self.mirror_axes, n)]
         total = torch.zeros_like(image)
+        self.regions = torch.zeros_like(image, dtype=torch.bool)
         for axes in flips:
             dims = [axis + 2 for axis in axes]
             for item in range(image.shape[0]):
-                score = self._one_head(image[item : item + 1].flip(dims), network)
+                score, region = self._one_head(image[item : item + 1].flip(dims), network)
                 total[item : item + 1] += score.flip(dims)
+                if not axes:
+                    self.regions[item, 0] = region
         return convert_to_dst_type(total / len(flips), inputs)[0]
 
     def coarse_probability(self, image: torch.Tensor, network: CascadeUNet) -> torch.Tensor:
@@ -81,7 +91,8 @@ class CascadeInferer(Inferer):
         logits = self._slide(reduced, network.coarse_stage) if self.mode == "full" else network.coarse_stage(reduced)
         return network.enlarge(_foreground(logits))
 
-    def _one_head(self, image: torch.Tensor, network: CascadeUNet) -> torch.Tensor:
+    def _one_head(self, image: torch.Tensor, network: CascadeUNet) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score, and what stage one found."""
         shape = image.shape[2:]
         image = _pad(image, network)
         region = self.coarse_probability(image, network)[0, 0] > self.coarse_threshold
@@ -90,8 +101,19 @@ class CascadeInferer(Inferer):
             score = _foreground(self._slide(image, network.fine_stage))
         else:
             for window in find_windows(region.cpu().numpy(), network):
-                score[(..., *window)] = _foreground(network.fine_in(image, window))
-        return score[..., : shape[0], : shape[1], : shape[2]]
+                score[(..., *window)] = _foreground(self._look(image, window, network))
+        held = tuple(slice(n) for n in shape)
+        return score[(..., *held)], region[held]
+
+    def _look(self, image: torch.Tensor, window: Window, network: CascadeUNet) -> torch.Tensor:
+        """Stage two's logits in one window, in slabs of slices where all of it would take too much memory."""
+        crop = image[(..., *window)]
+        slabs = -(-crop.numel() // LARGEST_WINDOW_VOXELS)
+        if network.resize or slabs == 1:
+            return network.fine_in(image, window)
+        slices = -(-(-(-crop.shape[2] // slabs) + SLAB_OVERLAP) // network.divisible[0]) * network.divisible[0]
+        slab = (min(slices, crop.shape[2]), *crop.shape[3:])
+        return sliding_window_inference(crop, slab, 1, network.fine_stage, SLAB_OVERLAP / slab[0], mode="gaussian")
 
     def _slide(self, image: torch.Tensor, stage: nn.Module) -> torch.Tensor:
         # Air up to one whole window: MONAI would pad with 0, which after normalisation is tissue.

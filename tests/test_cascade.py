@@ -9,6 +9,7 @@ from monai.losses import DiceCELoss
 from torch import nn
 from torch.nn import functional as F
 
+from ich_pipeline import cascade
 from ich_pipeline.cascade import CascadeInferer, find_windows, skip_air
 from ich_pipeline.errors import ConfigError
 from ich_pipeline.networks.cascade_unet import (
@@ -124,6 +125,16 @@ class TestModes:
         assert len(network.fine_stage.seen) == 2
         assert all(shape[2:] == (8, 32, 32) for shape in network.fine_stage.seen)
         assert int((score == 0).sum()) == image.numel() - 2 * 8 * 32 * 32
+
+    def test_large_window_is_taken_in_slabs(self, monkeypatch):
+        # The whole head where nothing is found: 10 million voxels at once would take 9 GiB with the published filters.
+        monkeypatch.setattr(cascade, "LARGEST_WINDOW_VOXELS", 100_000)
+        network, image = oracle(), head((40, 96, 80), lesions=((19, 40, 30), (33, 60, 40)))
+        network.coarse_stage.low = network.coarse_stage.high = 2.0  # blind
+        score = CascadeInferer((8, 64, 64), mode="fast")(image, network)
+        assert {shape[2:] for shape in network.fine_stage.seen} == {(20, 96, 80)}
+        assert len(network.fine_stage.seen) == 3
+        assert torch.equal((score > 0.5).float(), truth(image))
 
     @pytest.mark.parametrize("mode", ["fast", "full"])
     def test_nothing_found_means_look_at_everything(self, mode):
