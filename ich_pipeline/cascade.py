@@ -102,8 +102,7 @@ class CascadeInferer(Inferer):
         else:
             for window in find_windows(region.cpu().numpy(), network):
                 score[(..., *window)] = _foreground(self._look(image, window, network))
-        held = tuple(slice(n) for n in shape)
-        return score[(..., *held)], region[held]
+        return score[..., : shape[0], : shape[1], : shape[2]], region[: shape[0], : shape[1], : shape[2]]
 
     def _look(self, image: torch.Tensor, window: Window, network: CascadeUNet) -> torch.Tensor:
         """Stage two's logits in one window, in slabs of slices where all of it would take too much memory."""

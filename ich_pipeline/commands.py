@@ -132,9 +132,16 @@ def segment(scans: Sequence[Path], masks: Path, table: Path, settings: Settings)
 
 
 def segment_cases(
-    cases: Sequence[CaseRecord], bundle: Bundle, config: Config, masks: Path, table: Path, settings: Settings
+    cases: Sequence[CaseRecord],
+    bundle: Bundle,
+    config: Config,
+    masks: Path,
+    table: Path,
+    settings: Settings,
+    *,
+    regions: Path | None = None,
 ) -> int:
-    """`segment` for cases that were found already."""
+    """`segment` for cases that were found already; `regions` is the folder for what a cascade's first stage finds."""
     from ich_pipeline.batch import run_batch
     from ich_pipeline.inference import Segmenter
     from ich_pipeline.pipeline import Pipeline
@@ -146,12 +153,12 @@ def segment_cases(
     with report.stage("start"):
         segmenter = Segmenter(bundle, config)
     if settings.run["overwrite"]:
-        _clear(cases, masks, table)
+        _clear(cases, [masks, *([regions] if regions else [])], table)
     report.bundle = {"name": bundle.name, "version": bundle.metadata["version"], "sha256": segmenter.weights_sha256}
     pictures = table.parent / "pictures" if settings.run["pictures"] else None
-    for folder in (table.parent, masks, *([pictures] if pictures else [])):
+    for folder in filter(None, (table.parent, masks, pictures, regions)):
         remove_leftovers(folder)
-    pipeline = Pipeline(segmenter, masks, pictures, report)
+    pipeline = Pipeline(segmenter, masks, pictures, report, regions)
     report.write(table.parent / "run.json")
     try:
         with tqdm(total=len(cases), initial=len(done), desc="scans", unit="scan", file=sys.stderr) as bar:
@@ -247,12 +254,13 @@ def _check_targets(cases: Sequence[CaseRecord], masks: Path) -> None:
         raise ConfigError(f"{taken[0].case_id}: its mask would replace the scan itself in {masks}. Give another --out.")
 
 
-def _clear(cases: Sequence[CaseRecord], masks: Path, table: Path) -> None:
+def _clear(cases: Sequence[CaseRecord], folders: Sequence[Path], table: Path) -> None:
     """Remove what an earlier run left of these cases, so that a case that fails now has no mask of other settings."""
     for file in (table, table.with_name(LESIONS_NAME)):
         file.unlink(missing_ok=True)
     for case in cases:
-        (masks / f"{case.case_id}.nii.gz").unlink(missing_ok=True)
+        for folder in folders:
+            (folder / f"{case.case_id}.nii.gz").unlink(missing_ok=True)
         (table.parent / "pictures" / f"{case.case_id}.png").unlink(missing_ok=True)
 
 
@@ -346,8 +354,9 @@ def evaluate(settings: Settings) -> int:
     manifest, split = configs["evaluate"]["data"], settings.run["split"]
     cases = labelled_cases(manifest, split)
     out = Path(settings.run["out"] or Path("evaluation") / bundle.name)
-    status = segment_cases(cases, bundle, configs["inference"], out / "masks", out / "volumes.csv", settings)
-    evaluation = compare(cases, out / "volumes.csv")
+    table, regions = out / "volumes.csv", out / "regions"
+    status = segment_cases(cases, bundle, configs["inference"], out / "masks", table, settings, regions=regions)
+    evaluation = compare(cases, table, regions)
     summary = write_evaluation(evaluation, out)
     print(summary)
     if settings.run["tracking"] is not False:
@@ -364,8 +373,8 @@ def evaluate(settings: Settings) -> int:
             run.set_tags(tracking.provenance_tags(manifest=Path(manifest)) | {"split": split, "bundle": bundle.name})
             run.log_params(configs["inference"])
             run.log_metrics(evaluation.metrics(), step=0)
-            for table in ("evaluation.csv", "volumes.csv"):
-                run.log_table(out / table)
+            for name in ("evaluation.csv", "volumes.csv"):
+                run.log_table(out / name)
             for case_id in evaluation.worst_and_best():
                 if (out / "pictures" / f"{case_id}.png").is_file():
                     run.log_artifact(out / "pictures" / f"{case_id}.png", "pictures")

@@ -252,6 +252,11 @@ class EngineInferer(Inferer):
         self._torch_precision = ""
 
     @property
+    def regions(self) -> torch.Tensor | None:
+        """Where a cascade's first stage found something in the last call, (B, 1, ...) bool; None of other inferers."""
+        return getattr(self.inferer, "regions", None)
+
+    @property
     def in_use(self) -> dict[str, str]:
         """Engine, and the precision of its arithmetic: `f32`, `bf16`, `f16`, or empty before the first call."""
         if self._converted is None:
@@ -261,13 +266,13 @@ class EngineInferer(Inferer):
 
     def __call__(self, inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the wrapped inferer; (B, C, ...) in, its output in float32."""
+        if inputs.device.type == "cpu":
+            keep_heap()
         if self.engine == "openvino":
             if self._converted is None or self._converted[0] is not network:
                 self._converted = (network, to_openvino(network, self.amp))
             with torch.inference_mode():
                 return self.inferer(inputs, self._converted[1], *args, **kwargs).float()
-        if inputs.device.type == "cpu":
-            keep_heap()
         with torch.inference_mode(), autocast(inputs.device, self.amp):
             self._torch_precision = _precision(inputs.device)
             return self.inferer(inputs, network, *args, **kwargs).float()

@@ -1,16 +1,31 @@
 """Predicted masks against labels on the native grid: every case scored, none dropped."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ich_pipeline.agreement import CaseAgreement, Summary, VolumeAgreement, compare_masks, summarise, volume_agreement
+from ich_pipeline.agreement import (
+    Aggregate,
+    CaseAgreement,
+    Summary,
+    VolumeAgreement,
+    compare_masks,
+    summarise,
+    volume_agreement,
+)
 from ich_pipeline.errors import ConfigError, ManifestError
 from ich_pipeline.manifest import read_manifest
 from ich_pipeline.pictures import bland_altman_plot, montage, volume_scatter, write_png
 from ich_pipeline.reading import read_mask, read_scan
 from ich_pipeline.records import CaseRecord
-from ich_pipeline.report import agreement_markdown, read_rows, summary_markdown, write_agreement, write_text
+from ich_pipeline.report import (
+    aggregates_markdown,
+    agreement_markdown,
+    read_rows,
+    summary_markdown,
+    write_agreement,
+    write_text,
+)
 from ich_pipeline.volumetry import VolumeReport, measure
 
 MODEL, TADA, ABC2 = "voxels of the predicted mask", "Tada on the reference mask", "ABC/2 on the reference mask"
@@ -47,18 +62,21 @@ class Evaluation:
         references: measurement of each row's label.
         summary: aggregates over rows, with the number of failed cases.
         volumes: agreement with the label's voxel volume over the bleeding cases, by way of measuring.
+        coarse_recall: share of the label's lesions that a cascade's first stage touches, all and by size; empty
+            where there is no such stage.
     """
 
     rows: list[CaseAgreement]
     references: list[VolumeReport]
     summary: Summary
     volumes: dict[str, VolumeAgreement]
+    coarse_recall: tuple[Aggregate, ...] = ()
 
     def metrics(self) -> dict[str, float]:
         """Numbers for tracking, named as in the tables."""
         numbers = {
             f"{each.group}/{each.name}": each.mean.value
-            for each in self.summary.aggregates
+            for each in (*self.summary.aggregates, *self.coarse_recall)
             if each.mean.value is not None
         }
         errors = {name: agreement.statistics["mae_ml"].value for name, agreement in self.volumes.items()}
@@ -75,12 +93,13 @@ class Evaluation:
         return list(dict.fromkeys(ranked[:each] + ranked[-each:]))
 
 
-def compare(cases: Sequence[CaseRecord], table: Path) -> Evaluation:
+def compare(cases: Sequence[CaseRecord], table: Path, regions: Path | None = None) -> Evaluation:
     """Score the masks of a batch against the labels of its cases.
 
     Args:
         cases: with labels.
         table: `volumes.csv` of the batch; a case that failed there is counted, not scored.
+        regions: folder of what a cascade's first stage found in these cases, if the bundle has one.
 
     Raises:
         GeometryError: a mask and its label are on different grids.
@@ -90,7 +109,7 @@ def compare(cases: Sequence[CaseRecord], table: Path) -> Evaluation:
     missing = [case.case_id for case in cases if case.case_id not in by_id]
     if missing:
         raise ManifestError(f"{table}: no row for {missing[0]} ({len(missing)} cases in all). Run the batch again.")
-    rows, references, failed = [], [], 0
+    rows, references, coarse, failed = [], [], [], 0
     for case in cases:
         mask_file = by_id[case.case_id].mask
         if by_id[case.case_id].status != "ok" or mask_file is None or case.label is None:
@@ -99,6 +118,9 @@ def compare(cases: Sequence[CaseRecord], table: Path) -> Evaluation:
         (pred, _), (label, _) = read_mask(mask_file, case.case_id), read_mask(case.label, case.case_id)
         rows.append(compare_masks(case.case_id, pred, label, patient_id=case.patient_id))
         references.append(measure(case.case_id, label))
+        if regions and (file := regions / mask_file.name).is_file():
+            region, _ = read_mask(file, case.case_id)
+            coarse.append(compare_masks(case.case_id, region, label, patient_id=case.patient_id))
     summary = summarise(rows, n_failed=failed)
     bleeding = [(row, reference) for row, reference in zip(rows, references, strict=True) if row.positive]
     truth = [row.label_ml for row, _ in bleeding]
@@ -109,7 +131,13 @@ def compare(cases: Sequence[CaseRecord], table: Path) -> Evaluation:
         ABC2: [reference.abc2_ml for _, reference in bleeding],
     }
     volumes = {name: volume_agreement(truth, column, patients) for name, column in estimates.items()} if truth else {}
-    return Evaluation(rows, references, summary, volumes)
+    return Evaluation(rows, references, summary, volumes, _coarse_recall(coarse) if coarse else ())
+
+
+def _coarse_recall(rows: Sequence[CaseAgreement]) -> tuple[Aggregate, ...]:
+    """Lesion recall of a cascade's first stage, all and by size: what it misses, its second stage sees by chance."""
+    found = [each for each in summarise(rows).aggregates if each.name.startswith("lesion_recall")]
+    return tuple(replace(each, name=f"coarse_{each.name}") for each in found)
 
 
 def write_evaluation(evaluation: Evaluation, out: Path) -> str:
@@ -120,6 +148,9 @@ def write_evaluation(evaluation: Evaluation, out: Path) -> str:
     """
     write_agreement(out / "evaluation.csv", evaluation.rows)
     text = summary_markdown(evaluation.summary)
+    if evaluation.coarse_recall:
+        text += "\nLesions of the label that the first stage touches: a cascade's second stage looks nowhere else.\n\n"
+        text += aggregates_markdown(evaluation.coarse_recall)
     if evaluation.volumes:
         text += "\nVolumes of the bleeding cases against the voxel volume of the reference mask.\n\n"
         text += agreement_markdown(evaluation.volumes)

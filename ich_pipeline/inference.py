@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from monai.bundle import ConfigParser
 from monai.transforms import AsDiscreted, Compose, SaveImaged
+from monai.utils import convert_to_dst_type
 from numpy.typing import NDArray
 
 from ich_pipeline.bundles import Bundle
@@ -50,11 +51,14 @@ class Prediction:
         scan: as it was read.
         mask: uint8 0 or 1 on the scan's grid.
         probability: (I, J, K) float32 on the scan's grid, before the threshold.
+        regions: where a cascade's first stage found something, on the scan's grid; None where none was asked for, or
+            the bundle has no such stage.
     """
 
     scan: Scan
     mask: NativeMask
     probability: NDArray[np.float32]
+    regions: NativeMask | None = None
 
 
 class Segmenter:
@@ -113,8 +117,8 @@ class Segmenter:
         with stage("preprocess"):
             return Loaded(scan, self.preprocessing(data))
 
-    def segment(self, loaded: Loaded, stage: Stage = no_stage) -> Prediction:
-        """Run the network over a scan that was read, and bring its scores back."""
+    def segment(self, loaded: Loaded, stage: Stage = no_stage, *, with_regions: bool = False) -> Prediction:
+        """Run the network over a scan that was read, and bring its scores (and what a first stage found) back."""
         data = dict(loaded.data)
         with stage("network"):
             data["pred"] = self.inferer(data["image"][None].to(self.device), self.network)[0].cpu()
@@ -122,4 +126,14 @@ class Segmenter:
             data = self.restoring(data)
             probability = np.asarray(data["pred"][0])
             mask = np.asarray(self.thresholding(data)["pred"][0]).astype(np.uint8)
-            return Prediction(loaded.scan, NativeMask(mask, loaded.scan.grid), probability)
+            regions = self._native_regions(loaded) if with_regions else None
+            return Prediction(loaded.scan, NativeMask(mask, loaded.scan.grid), probability, regions)
+
+    def _native_regions(self, loaded: Loaded) -> NativeMask | None:
+        """What a cascade's first stage found in the last call."""
+        regions = getattr(self.inferer, "regions", None)
+        if regions is None:
+            return None
+        score = convert_to_dst_type(regions[0].float().cpu(), loaded.data["image"])[0]
+        native = np.asarray(self.restoring({**loaded.data, "pred": score})["pred"][0])
+        return NativeMask((native >= 0.5).astype(np.uint8), loaded.scan.grid)

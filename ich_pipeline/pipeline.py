@@ -21,12 +21,14 @@ class Pipeline:
         masks: folder of `<case_id>.nii.gz`.
         pictures: folder of `<case_id>.png`, or None for no pictures.
         report: takes seconds and memory of every stage.
+        regions: folder of what a cascade's first stage found, `<case_id>.nii.gz`; None where nobody asks for it.
     """
 
     segmenter: Segmenter
     masks: Path
     pictures: Path | None
     report: RunReport
+    regions: Path | None = None
 
     def run(self, case: CaseRecord) -> CaseRow:
         """One case from its file to its row; `batch.py` overlaps the three steps of different cases."""
@@ -40,7 +42,8 @@ class Pipeline:
 
     def segment(self, loaded: Loaded) -> Prediction:
         """Model grid to scores, scores to native mask."""
-        return self.segmenter.segment(loaded, partial(self.report.stage, case_id=loaded.scan.case_id))
+        stage = partial(self.report.stage, case_id=loaded.scan.case_id)
+        return self.segmenter.segment(loaded, stage, with_regions=self.regions is not None)
 
     def finish(self, prediction: Prediction) -> CaseRow:
         """Native mask to file, volumes and picture."""
@@ -51,6 +54,8 @@ class Pipeline:
             volumes = measure(scan.case_id, mask)
         with stage("write"):
             write_mask(mask_file, mask.values, scan.grid, scan.forms)
+            if self.regions and prediction.regions:
+                write_mask(self.regions / mask_file.name, prediction.regions.values, scan.grid, scan.forms)
         if self.pictures:
             with stage("picture"):
                 picture = montage(scan.image_hu, mask, case_id=scan.case_id, report=volumes)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
-from ich_pipeline.agreement import LESION_BIN_NAMES, CaseAgreement, Estimate, Summary, VolumeAgreement
+from ich_pipeline.agreement import LESION_BIN_NAMES, Aggregate, CaseAgreement, Estimate, Summary, VolumeAgreement
 from ich_pipeline.errors import ManifestError
 from ich_pipeline.files import atomic_path, write_csv_rows
 from ich_pipeline.labels import Subtype
@@ -266,12 +266,20 @@ def summary_markdown(summary: Summary) -> str:
         f"{summary.n_cases} cases of {summary.n_patients} patients: {summary.n_positive} with blood, "
         f"{summary.n_negative} without{failed}. Brackets: 95 % bootstrap interval over patients.",
         "",
+        aggregates_markdown(summary.aggregates),
+    ]
+    return "\n".join(lines)
+
+
+def aggregates_markdown(aggregates: Iterable[Aggregate]) -> str:
+    """Aggregates as a Markdown table, a line each."""
+    lines = [
         "| score | group | n | missed | mean or share | median |",
         "|---|---|--:|--:|--:|--:|",
     ]
     lines += [
         f"| {each.name} | {each.group} | {each.n} | {each.missed} | {_interval(each.mean)} | {_interval(each.median)} |"
-        for each in summary.aggregates
+        for each in aggregates
     ]
     return "\n".join(lines) + "\n"
 
