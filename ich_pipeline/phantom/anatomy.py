@@ -380,6 +380,9 @@ def _midface(hu: Array, person: Person, rng: np.random.Generator, texture: Textu
     _blend(view, share(sphenoid + 1.3), 900)
     _blend(view, share(sphenoid), AIR)
     _blend(view, share(sphenoid) * share(0.7 - np.abs(x - 2)), 400)
+    view, x, y, z = _paint(hu, (0, -38, -92), (24, 24, 9))
+    atlas = np.minimum(3.5 - np.abs(np.hypot(x, y + 38) - 18.5), 8 - np.abs(z + 92))
+    _blend(view, share(atlas), np.where(atlas > 1.5, 450, 1000))
     size = float(rng.uniform(0.5, 1.25))
     view, x, y, z = _paint(hu, (0, 78, -8), (30, 12, 22))
     frontal = np.maximum(

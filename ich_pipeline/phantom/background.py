@@ -4,7 +4,7 @@ Only IPH, SDH and EDH: ventricles and sulci cannot be told reliably from CSF val
 gas), and a label that is wrong about its own space teaches the wrong thing.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -27,7 +27,7 @@ SOFT_HU = (-15, 170)  # brain with CSF and cupping, after smoothing
 NECK_MM = 7.0  # openings of the skull narrower than twice this are closed to the search for the brain
 BRAIN_ML = (600.0, 2300.0)
 VERTEX_MM = 69.0  # height of the inner vertex over the origin of `anatomy`
-TREND_MM = 12.0
+TREND_MM = 6.0
 BRAIN_HU = 32.0
 SUBSLICE_MM = 1.6
 LOWEST_MM = -50.0  # below lie only base and neck, where the estimate of the inner table is poor
@@ -85,6 +85,7 @@ def bleed_into(case_id: str, seed: int, settings: PhantomSettings, background: S
         "age": None,
         "tilt_deg": round(grid.tilt_deg, 4),
         "slice_mm": round(grid.slice_spacing_mm, 4),
+        "bleeds": [asdict(plan) for plan in plans],
     } | volumes_of(blood, label, edema, grid)
     scan = Scan(case_id, image_hu, grid, background.forms, background.source, flags=background.flags)
     brain = head.brain | (label > 0)

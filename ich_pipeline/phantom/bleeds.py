@@ -46,7 +46,7 @@ class Bleed:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one kind of hemorrhage is to be: total volume, side and age."""
+    """What one kind of hemorrhage is to be: total volume, side (1 right, -1 left), HU and age."""
 
     subtype: Subtype
     volume_ml: float
@@ -118,8 +118,8 @@ def _crescent(inside: Interior, plan: Plan, rng: np.random.Generator, hemisphere
     towards = np.array([plan.side * rng.uniform(0.75, 1.0), rng.uniform(-0.5, 0.5), rng.uniform(0.0, 0.55)])
     towards /= np.linalg.norm(towards)
     angle = np.arccos(np.clip((x * towards[0] + y * towards[1] + z * towards[2]) / radius, -1, 1))
-    thick_mm = rng.uniform(2.4, 4.5) * np.sqrt(1 + plan.volume_ml / 40)
-    reach = min(np.sqrt(1000 * plan.volume_ml / (np.pi * thick_mm)) / 72, 1.3)  # angle, on a skull of 72 mm radius
+    thick_mm = rng.uniform(2.2, 3.6) * np.sqrt(1 + plan.volume_ml / 50)
+    reach = min(np.sqrt(1000 * plan.volume_ml / (np.pi * thick_mm)) / 66, 1.35)  # angle, on a skull of 72 mm radius
     profile = np.exp(-((angle / reach) ** 4)) * (1 + 0.18 * inside.noise(38))
     profile *= smoothstep(plan.side * x, 0, 14) * ~inside.infratentorial
     return _layer(inside, plan.volume_ml, hemisphere, lambda thickest: thickest * profile * (profile > 0.04), thick_mm)
@@ -133,7 +133,7 @@ def _lens(inside: Interior, plan: Plan, rng: np.random.Generator, hemisphere: Ar
     along = x * towards[0] + y * towards[1] + z * towards[2]
     off_axis = np.sqrt(np.maximum(x * x + y * y + z * z - along**2, 0)) * (1 + 0.05 * inside.noise(45))
     beneath = along > 0
-    aspect = rng.uniform(1.5, 2.6)  # half width against thickness
+    aspect = rng.uniform(1.3, 2.3)  # half width against thickness
     # A paraboloid cap of thickness t and half width a t holds pi a^2 t^3 / 2.
     start_mm = (2000 * plan.volume_ml / (np.pi * aspect**2)) ** (1 / 3)
 

@@ -1,6 +1,7 @@
 """One phantom from its seed: a head, its hemorrhages and its scan."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ def make_case(
     lattice = Lattice(protocol, scan_rng, push)
     image_hu = scan_hu(lattice, head_hu, noise_rng)
     case = _with_truth(case_id, seed, person, protocol, lattice, inside, made, image_hu)
+    case.truth["bleeds"] = [asdict(plan) for plan in plans]
     case.truth["midline_shift_mm"] = round(push.shift_mm, 3) if push else 0.0
     return case
 

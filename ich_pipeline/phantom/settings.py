@@ -114,7 +114,7 @@ class PhantomCase:
         brain: bool, inside the inner table of the skull: brain, CSF, vessels, meninges and hemorrhage.
         boxes: of every subtype in every slice that holds it, by slice.
         truth: what the case was drawn at: `volume_ml` by subtype (continuous: the sum of shares, not of voxels), age,
-            seed, tilt and more; JSON-able.
+            seed, tilt, `bleeds` (as planned: subtype, volume, side, HU, stage) and more; JSON-able.
     """
 
     scan: Scan
