@@ -321,7 +321,7 @@ def _train_prepared(bundle: Bundle, settings: Settings, out: Path, *, resume: bo
                 print(f"best validation Dice {result.best_metric:.3f} in epoch {result.best_epoch}: {bundle.path}")
                 with without_paths(bundle) as clean:
                     version = run.register_bundle(
-                        clean, bundle.name, metric_name="val_mean_dice", metric=result.best_metric
+                        clean, bundle.name, metric_name=result.metric_name, metric=result.best_metric
                     )
                 if version:
                     print(f"registered as models:/{bundle.name}/{version}")

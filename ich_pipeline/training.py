@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 from monai.data import CacheDataset
+from monai.engines import IterationEvents
 from monai.transforms import Compose
 from torch import nn
 from torch.optim import Optimizer
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from ich_pipeline.bundles import Bundle, Config, is_bundle, read_yaml, resolve, write_configs
 from ich_pipeline.commands import TRAIN_CONFIGS, Settings
 from ich_pipeline.engines import autocast, pick_device
-from ich_pipeline.errors import ConfigError, ManifestError
+from ich_pipeline.errors import ConfigError, IchError, ManifestError
 from ich_pipeline.files import atomic_path, sha256_of, write_json
 from ich_pipeline.manifest import read_manifest
 from ich_pipeline.run_report import RunReport
@@ -291,6 +292,11 @@ class ResumableRun:
             for buffer in self.parts["network"].buffers():
                 dist.broadcast(buffer, 0)
 
+    @property
+    def metric_name(self) -> str:
+        """What `best_metric` is."""
+        return str(self.evaluator.state.key_metric_name)
+
     def _keep_best(self) -> None:
         if rank() != 0:
             return
@@ -314,6 +320,42 @@ def _save(state: Mapping[str, Any], path: Path) -> None:
     # Through a stream: torch.save writes a file's name into the file, and equal weights are to have equal hashes.
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         torch.save(state, stream)
+
+
+# No training that goes well comes near it. oneDNN's bf16 convolution gives such weight gradients (1e30 and more, not
+# always inf) where a feature map is two slices deep; docs/training.md says how that was seen.
+IMPOSSIBLE_NORM = 1e6
+
+
+class GradientGuard:
+    """Handler that clips the gradient's norm, and stops a training that has diverged.
+
+    Args:
+        network: whose gradients are clipped.
+        max_norm: larger norms are scaled down to this one; 12 is nnU-Net's choice.
+    """
+
+    def __init__(self, network: nn.Module, max_norm: float = 12.0) -> None:
+        self.network, self.max_norm = network, max_norm
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer, between backward pass and optimizer step."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.clip)
+
+    def clip(self, engine: Engine) -> None:
+        """Clip once.
+
+        Raises:
+            IchError: loss or gradient is not finite or absurdly large; nothing of this step reaches the weights.
+        """
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+        loss = engine.state.output["loss"]
+        if not (norm < IMPOSSIBLE_NORM and torch.isfinite(loss)):
+            raise IchError(
+                f"epoch {engine.state.epoch}, step {engine.state.iteration}: loss {loss.item():g}, gradient norm "
+                f"{norm.item():g}. The training has diverged: lower learning_rate=, use patches of 12 or more slices, "
+                "or give amp=off."
+            )
 
 
 class Progress:

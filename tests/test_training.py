@@ -16,13 +16,14 @@ import pytest
 import torch
 import yaml
 from monai.bundle import ConfigParser
+from monai.engines import SupervisedTrainer
 from monai.transforms import Compose, RandFlipd, RandGaussianNoised
 from training_cases import TINY, write_cases
 
 from ich_pipeline import bundles, commands, training
 from ich_pipeline.bundles import Bundle
 from ich_pipeline.commands import Settings
-from ich_pipeline.errors import ConfigError, ManifestError
+from ich_pipeline.errors import ConfigError, IchError, ManifestError
 from ich_pipeline.files import sha256_of
 from ich_pipeline.training import CaseSampler, Draw, TrainingCases
 
@@ -69,7 +70,7 @@ def state_of(out: Path) -> dict[str, Any]:
 
 def kill_in_epoch(process: subprocess.Popen[str], out: Path, epoch: int, pid: int | None = None) -> None:
     """Kill (-9) as soon as the epoch before has been saved, while `epoch` runs."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 500
     while not (out / "training_state.pt").is_file() or state_of(out)["epoch"] < epoch - 1:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -173,7 +174,7 @@ main(["train", *{words(cases, tmp_path / "run", "epochs=1")!r}])
     shown = [line for line in re.split(r"[\r\n]", result.stderr) if line.startswith("train:")]
     assert 1 <= len(shown) <= 3
     last = shown[-1]
-    assert re.search(r"4/4 \[.*step.*epoch=1, loss=\d+\.\d{3}, val_mean_dice=0\.\d{3}\]", last), last
+    assert re.search(r"4/4 \[.*step.*epoch=1, loss=\d+\.\d{3}, val_\w*dice=0\.\d{3}\]", last), last
 
 
 # --- stopped and resumed ---------------------------------------------------------------------------------------------
@@ -238,7 +239,9 @@ def _evaluations_that_give(monkeypatch: pytest.MonkeyPatch, metrics: list[float]
     from monai.engines import SupervisedEvaluator
 
     def run(evaluator: Any, epoch: int) -> None:
-        evaluator.state.metrics = {"val_mean_dice": metrics.pop(0) if len(metrics) > 1 else metrics[0]}
+        evaluator.state.metrics = {evaluator.state.key_metric_name: metrics[0]}
+        if len(metrics) > 1:
+            metrics.pop(0)
 
     monkeypatch.setattr(SupervisedEvaluator, "run", run)
 
@@ -487,7 +490,7 @@ def test_when_one_process_is_killed_the_others_end_and_the_run_resumes(cases: Pa
         time.sleep(0.05)
     second = next(w for w in workers if w.environ()["RANK"] == "1")
     kill_in_epoch(process, out, epoch=2, pid=second.pid)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors
     assert not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers)
     assert state_of(out)["epoch"] < 4
@@ -507,6 +510,32 @@ def test_a_wrong_call_ends_all_processes(cases: Path, tmp_path: Path) -> None:
 
 
 # --- small parts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slope", "learns"), [(0.1, True), (1e4, True), (1e7, False), (float("nan"), False), (float("inf"), False)]
+)
+def test_large_gradients_are_clipped_and_absurd_ones_end_the_run(slope: float, learns: bool) -> None:
+    weight = torch.nn.Linear(1, 1, bias=False)
+    before = weight.weight.item()
+    optimizer = torch.optim.SGD(weight.parameters(), lr=1.0)
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=[{"image": torch.ones(1, 1), "label": torch.zeros(1, 1)}],
+        network=weight,
+        optimizer=optimizer,
+        loss_function=lambda pred, label: pred * slope,
+        train_handlers=[training.GradientGuard(weight, max_norm=12.0)],
+        decollate=False,
+    )
+    if learns:
+        trainer.run()
+        assert weight.weight.item() == pytest.approx(before - min(slope, 12.0), rel=1e-4)
+    else:
+        with pytest.raises(IchError, match=r"epoch 1, step 1: loss .*The training has diverged: lower learning_rate="):
+            trainer.run()
+        assert weight.weight.item() == before
 
 
 def test_amp_is_settled_when_a_run_begins(cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
