@@ -95,7 +95,11 @@ class Segmenter:
             self.reading, *rest = parser.get_parsed_content("preprocessing").transforms
             steps = parser.get_parsed_content("postprocessing").transforms
         self.preprocessing = Compose(rest)
-        cut = next(n for n, step in enumerate(steps) if isinstance(step, AsDiscreted))
+        cut = next((n for n, step in enumerate(steps) if isinstance(step, AsDiscreted)), None)
+        if cut is None:
+            raise ConfigError(
+                f"{bundle.name}: postprocessing has no AsDiscreted, which makes a mask of scores. Add it."
+            )
         self.restoring = Compose(steps[:cut])
         self.thresholding = Compose([step for step in steps[cut:] if not isinstance(step, SaveImaged)])
 
