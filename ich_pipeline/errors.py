@@ -25,7 +25,7 @@ class GeometryError(IchError):
 
 
 def own_error(error: BaseException) -> IchError | None:
-    """Our own error behind what a library wrapped around it (MONAI's parser and transforms do), None if there is none."""
+    """Our own error behind what a library wrapped around it (MONAI does), or None."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, IchError):
         cause = cause.__cause__

@@ -355,7 +355,8 @@ def _face_side(hu: Array, side: int, person: Person, rng: np.random.Generator, t
 
     view, x, y, z = _paint(hu, (side * 56, -34, -48), (14, 20, 22))
     mastoid = ellipsoid(x, y, z, (side * 55, -34, -48), (12, 17, 19))
-    cells = texture(*np.broadcast_arrays(x, y, z), wavelength_mm=9)
+    full_x, full_y, full_z = np.broadcast_arrays(x, y, z)
+    cells = texture(full_x, full_y, full_z, wavelength_mm=9)
     _blend(view, share(mastoid), 800)
     _blend(view, share(mastoid - 2) * smoothstep(cells, -0.25, 0.25), AIR + (200 if rng.random() < 0.1 else 0))
     view, x, y, z = _paint(hu, (side * 62, -16, -46), (24, 5, 5))
@@ -365,7 +366,8 @@ def _face_side(hu: Array, side: int, person: Person, rng: np.random.Generator, t
 
 def _midface(hu: Array, person: Person, rng: np.random.Generator, texture: Texture) -> None:
     view, x, y, z = _paint(hu, (0, 62, -58), (15, 42, 34))
-    cells = texture(*np.broadcast_arrays(x, y, z), wavelength_mm=13)
+    full_x, full_y, full_z = np.broadcast_arrays(x, y, z)
+    cells = texture(full_x, full_y, full_z, wavelength_mm=13)
     nose = np.minimum(ellipsoid(x, y, z, (0, 64, -64), (13.5, 40, 32)), -42 - z)
     _blend(view, share(nose + 1), 500)
     _blend(view, share(nose), AIR)

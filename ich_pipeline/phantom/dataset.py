@@ -44,7 +44,7 @@ def write_dataset(
     settings: PhantomSettings = DEFAULT,
     background: Path | None = None,
     jobs: int = 2,
-    on_case: Callable[[str], None] | None = None,
+    on_case: Callable[[str], object] | None = None,
 ) -> Path:
     """Write phantoms with everything known about them. Cases that are there already are kept.
 
