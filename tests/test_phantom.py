@@ -153,6 +153,7 @@ def test_tissue_has_its_hu_after_the_scanner():
     for name, expected in {"white": WHITE, "grey": GREY, "ventricle": CSF}.items():
         found = np.median(image_hu[sampled[name] > 0.97])
         assert found == pytest.approx(expected, abs=4), name
+    assert image_hu[sampled["white"] > 0.97].std() == pytest.approx(protocol.noise_hu, rel=0.4)
     deep = lattice.to_pixels(lattice.sample(np.where(hu > 1000, hu, 0)), 0.0)
     assert 900 < np.median(image_hu[deep > 1000]) < 1900
     assert np.median(image_hu[:3, :3]) == pytest.approx(-1000, abs=30)

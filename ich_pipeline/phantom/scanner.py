@@ -27,6 +27,7 @@ PROJECTION_PIXELS, PROJECTION_MM, PROJECTION_ANGLES = 96, 2.6, 90
 WATER_PER_MM = 0.0195  # attenuation at the mean energy of a 120 kV beam behind a head
 BONE_FROM_HU = 250
 HARDENING = 0.0105  # share of the squared bone integral that a water correction leaves; sets a bar of 5 to 20 HU
+MIDDLE_INTEGRAL = 3.4  # attenuation through the middle of a head: 160 mm of tissue and the calvaria twice
 PADDING_HU = (-1024, -2000, -3024)
 
 
@@ -292,7 +293,7 @@ def _projected_errors(lattice: Lattice, slices: Array) -> tuple[Array, Array]:
     # The scanner's calibration on a head-sized skull takes out the mean in soft tissue.
     soft = (flat > 0.9) & (flat < 1.15)
     hardening -= (hardening * soft).sum(axis=0) / np.maximum(soft.sum(axis=0), 1)
-    typical = np.float32(PROJECTION_ANGLES) * np.exp(np.float32(WATER_PER_MM * 180 + 0.9))
+    typical = np.float32(PROJECTION_ANGLES) * np.exp(np.float32(MIDDLE_INTEGRAL))
     noise = np.clip(np.sqrt(back[:, k:] / typical), 0.35, 4.0)
     shape = (PROJECTION_PIXELS, PROJECTION_PIXELS, k)
     return np.clip(hardening, -60, 60).reshape(shape), noise.reshape(shape)

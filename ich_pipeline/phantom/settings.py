@@ -52,7 +52,7 @@ class PhantomSettings:
     cut_fraction: float = 0.08
     circle_fraction: float = 0.4
     age_years: tuple[float, float] = (20.0, 92.0)
-    noise_hu: tuple[float, float] = (3.0, 6.0)
+    noise_hu: tuple[float, float] = (2.5, 5.5)
 
     def __post_init__(self) -> None:
         for name in ("clean_fraction", "tilt_fraction", "cut_fraction", "circle_fraction"):
