@@ -1,7 +1,7 @@
 """Two residual 3D U-Nets, coarse to fine, with weights of their own (Xu et al., arXiv 2401.04570, section 4)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from monai.losses import DeepSupervisionLoss
@@ -24,7 +24,7 @@ class ResidualUNet(DynUNet):
         spatial_dims: 3, or 2 for the paper's "2D-Model".
         in_channels: image channels.
         out_channels: classes, background included.
-        norm_name: `batch` as published.
+        norm_name: `batch` as published, or a name with its arguments as MONAI takes them.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ResidualUNet(DynUNet):
         spatial_dims: int = 3,
         in_channels: int = 1,
         out_channels: int = 2,
-        norm_name: str = "batch",
+        norm_name: str | Sequence[Any] = "batch",
     ) -> None:
         levels = len(filters)
         across = [1, 1, 1, 2, 2] + [1] * levels  # stride across slices, level by level
@@ -94,7 +94,7 @@ class CascadeUNet(nn.Module):
     def __init__(
         self,
         filters: Sequence[int],
-        norm_name: str = "batch",
+        norm_name: str | Sequence[Any] = "batch",
         coarse_scale: int = 1,
         fine_size: Sequence[int] = (16, 320, 320),
         resize: bool = True,
