@@ -66,15 +66,15 @@ class Broken(Segmenter):
         self.__dict__.update(segmenter.__dict__)
         self.step, self.error, self.cases = step, error, cases
 
-    def read(self, case, stage):
+    def read(self, case, *options, **named):
         if self.step == "read" and case.case_id in self.cases:
             raise self.error
-        return super().read(case, stage)
+        return super().read(case, *options, **named)
 
-    def segment(self, loaded, stage):
+    def segment(self, loaded, *options, **named):
         if self.step == "segment" and loaded.scan.case_id in self.cases:
             raise self.error
-        return super().segment(loaded, stage)
+        return super().segment(loaded, *options, **named)
 
 
 def test_every_case_has_its_row_in_order(scans, segmenter, tmp_path):
