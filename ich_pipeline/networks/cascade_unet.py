@@ -213,7 +213,6 @@ class CascadeLoss(nn.Module):
 
     Args:
         loss: loss of one level against a (B, 1, S, R, C) label; Dice + cross-entropy as published.
-        resize: as in the network: the label's window is resized to stage two's size.
     """
 
     def __init__(self, loss: nn.Module) -> None:
