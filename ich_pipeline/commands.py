@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,74 +15,7 @@ from ich_pipeline.files import atomic_path, remove_leftovers
 from ich_pipeline.records import CaseRecord
 from ich_pipeline.report import LESIONS_NAME, CaseRow, read_rows, write_tables
 from ich_pipeline.run_report import RunReport, plain
-
-TRAIN_CONFIGS = ("inference", "train", "evaluate", "metadata")
-# Folder of fetched models; they are checked against their hash at every use.
-CACHE = Path.home() / ".cache" / "ich-pipeline" / "bundles"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A command's `key=value` words: those of the run, and those of the bundle's config."""
-
-    run: Config
-    overrides: Config
-
-    @classmethod
-    def of(cls, words: Sequence[str]) -> "Settings":
-        """Part the words; defaults come from `configs/run.yaml`.
-
-        Raises:
-            ConfigError: not key=value, or a key given twice.
-        """
-        run = bundles.read_yaml(bundles.resource("configs") / "run.yaml")
-        given = bundles.parse_overrides(words)
-        own = {key: given.pop(key) for key in list(given) if key in run}
-        return cls({**run, **own}, given)
-
-    def bundle(self) -> Bundle:
-        """The bundle that was named.
-
-        Raises:
-            ConfigError: none was named, or it does not exist.
-        """
-        name = self.run["bundle"]
-        if name is None:
-            raise ConfigError(f"which bundle? Give bundle=NAME; known: {', '.join(bundles.all_bundles())}")
-        if str(name).startswith(("models:/", "runs:/")) and not Path(name).exists():
-            from ich_pipeline.tracking import fetch_bundle
-
-            return Bundle(fetch_bundle(name, tracking_uri=self.run["tracking_uri"], cache=CACHE))
-        return bundles.find_bundle(str(name))
-
-    def preset(self, bundle: Bundle) -> str | None:
-        """The preset to apply: `auto` is gpu or cpu by what this machine has.
-
-        A bundle with weights was trained with its settings and takes none unless one is named.
-        """
-        choice = self.run["preset"]
-        if choice != "auto":
-            return None if choice is None else str(choice)
-        if bundle.weights or not bundle.overlays("presets"):
-            return None
-        import torch
-
-        return "gpu" if torch.cuda.is_available() else "cpu"
-
-    def config(self, bundle: Bundle, *names: str) -> dict[str, Config]:
-        """The bundle's configs with variant, preset and overrides.
-
-        Raises:
-            ConfigError: an unknown key; names of run settings are offered as well.
-        """
-        try:
-            # Without a preset first: a wrong key is refused before PyTorch is imported to see whether there is a GPU.
-            bundles.resolve(bundle, names, self.overrides, None)
-            return bundles.resolve(bundle, names, self.overrides, self.preset(bundle))
-        except ConfigError as error:
-            unknown = [key for key in self.overrides if f"no key '{key}'" in str(error)]
-            near = bundles.near_names(unknown[0], self.run) if unknown else []
-            raise ConfigError(f"{error} (or {near[0]}= of the run)") if near else error from None
+from ich_pipeline.settings import TRAIN_CONFIGS, Settings
 
 
 def list_bundles(as_json: bool) -> str:

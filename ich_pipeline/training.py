@@ -26,12 +26,12 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from ich_pipeline.bundles import Bundle, Config, is_bundle, read_yaml, resolve, write_configs
-from ich_pipeline.commands import TRAIN_CONFIGS, Settings
 from ich_pipeline.engines import autocast, pick_device
 from ich_pipeline.errors import ConfigError, IchError, ManifestError
 from ich_pipeline.files import atomic_path, sha256_of, write_json
 from ich_pipeline.manifest import read_manifest
 from ich_pipeline.run_report import RunReport
+from ich_pipeline.settings import TRAIN_CONFIGS, Settings
 
 # In the folder of a run, beside its bundle.
 STATE_FILE, RUN_ID_FILE = "training_state.pt", "mlflow_run_id"

@@ -20,7 +20,7 @@ import torch
 from mlflow_server import running_server
 from training_cases import TINY, write_cases
 
-from ich_pipeline import commands, tracking
+from ich_pipeline import commands, settings, tracking
 from ich_pipeline.bundles import Bundle, find_bundle
 from ich_pipeline.commands import Settings
 from ich_pipeline.errors import ConfigError
@@ -112,7 +112,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with pytest.MonkeyPatch.context() as patch, running_server(tmp_path_factory.mktemp("server")) as address:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
-        patch.setattr(commands, "CACHE", folder / "cache")
+        patch.setattr(settings, "CACHE", folder / "cache")
         yield Place(address, write_cases(folder / "cases"), folder)
     torch.set_num_threads(threads)
 

@@ -1,0 +1,77 @@
+"""The settings of one command: `configs/run.yaml`, a bundle's configs, and the `key=value` words over both."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ich_pipeline import bundles
+from ich_pipeline.bundles import Bundle, Config
+from ich_pipeline.errors import ConfigError
+
+TRAIN_CONFIGS = ("inference", "train", "evaluate", "metadata")
+# Folder of fetched models; they are checked against their hash at every use.
+CACHE = Path.home() / ".cache" / "ich-pipeline" / "bundles"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A command's `key=value` words: those of the run, and those of the bundle's config."""
+
+    run: Config
+    overrides: Config
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> "Settings":
+        """Part the words; defaults come from `configs/run.yaml`.
+
+        Raises:
+            ConfigError: not key=value, or a key given twice.
+        """
+        run = bundles.read_yaml(bundles.resource("configs") / "run.yaml")
+        given = bundles.parse_overrides(words)
+        own = {key: given.pop(key) for key in list(given) if key in run}
+        return cls({**run, **own}, given)
+
+    def bundle(self) -> Bundle:
+        """The bundle that was named.
+
+        Raises:
+            ConfigError: none was named, or it does not exist.
+        """
+        name = self.run["bundle"]
+        if name is None:
+            raise ConfigError(f"which bundle? Give bundle=NAME; known: {', '.join(bundles.all_bundles())}")
+        if str(name).startswith(("models:/", "runs:/")) and not Path(name).exists():
+            from ich_pipeline.tracking import fetch_bundle
+
+            return Bundle(fetch_bundle(name, tracking_uri=self.run["tracking_uri"], cache=CACHE))
+        return bundles.find_bundle(str(name))
+
+    def preset(self, bundle: Bundle) -> str | None:
+        """The preset to apply: `auto` is gpu or cpu by what this machine has.
+
+        A bundle with weights was trained with its settings and takes none unless one is named.
+        """
+        choice = self.run["preset"]
+        if choice != "auto":
+            return None if choice is None else str(choice)
+        if bundle.weights or not bundle.overlays("presets"):
+            return None
+        import torch
+
+        return "gpu" if torch.cuda.is_available() else "cpu"
+
+    def config(self, bundle: Bundle, *names: str) -> dict[str, Config]:
+        """The bundle's configs with variant, preset and overrides.
+
+        Raises:
+            ConfigError: an unknown key; names of run settings are offered as well.
+        """
+        try:
+            # Without a preset first: a wrong key is refused before PyTorch is imported to see whether there is a GPU.
+            bundles.resolve(bundle, names, self.overrides, None)
+            return bundles.resolve(bundle, names, self.overrides, self.preset(bundle))
+        except ConfigError as error:
+            unknown = [key for key in self.overrides if f"no key '{key}'" in str(error)]
+            near = bundles.near_names(unknown[0], self.run) if unknown else []
+            raise ConfigError(f"{error} (or {near[0]}= of the run)") if near else error from None
