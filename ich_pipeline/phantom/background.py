@@ -16,9 +16,9 @@ from ich_pipeline.geometry import Affine, Grid
 from ich_pipeline.labels import Subtype
 from ich_pipeline.phantom import bleeds as bl
 from ich_pipeline.phantom.anatomy import Interior, tentorium_height
-from ich_pipeline.phantom.cases import label_of, volumes_of
 from ich_pipeline.phantom.fields import Array, Texture, share, smoothstep
 from ich_pipeline.phantom.settings import PhantomCase, PhantomSettings, boxes_of
+from ich_pipeline.phantom.truth import label_of, volumes_of
 from ich_pipeline.records import Scan
 
 KINDS = (Subtype.EDH, Subtype.IPH, Subtype.SDH)

@@ -11,10 +11,12 @@ from ich_pipeline.geometry import Grid
 from ich_pipeline.labels import Subtype
 from ich_pipeline.phantom import bleeds as bl
 from ich_pipeline.phantom.anatomy import Brain, Interior, Person, build_brain, build_head
+from ich_pipeline.phantom.background import bleed_into
 from ich_pipeline.phantom.bleeds import Bleed, Plan
 from ich_pipeline.phantom.fields import Array, Texture, share, smoothstep
 from ich_pipeline.phantom.scanner import Lattice, Protocol, Push, draw_protocol, scan_hu, shares
 from ich_pipeline.phantom.settings import PhantomCase, PhantomSettings, boxes_of
+from ich_pipeline.phantom.truth import label_of, volumes_of
 from ich_pipeline.records import NiftiForms, Scan
 
 DEFAULT = PhantomSettings()
@@ -35,8 +37,6 @@ def make_case(
         ConfigError: the settings leave no subtype that can be put into the background.
     """
     if background is not None:
-        from ich_pipeline.phantom.background import bleed_into
-
         return bleed_into(case_id, seed, settings, background)
     streams = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(5)]
     head_rng, texture_rng, bleed_rng, scan_rng, noise_rng = streams
@@ -178,32 +178,6 @@ def _with_truth(
     forms = scanner_forms(grid)
     scan = Scan(case_id, image_hu, grid, forms, Path(f"{case_id}.nii.gz"))
     return PhantomCase(scan, label, (swollen >= 0.5) & (label == 0), brain, boxes_of(case_id, label), truth)
-
-
-def label_of(blood: dict[str, Array], shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Voxels at least half full of blood, with the subtype that has the most of it."""
-    label = np.zeros(shape, np.uint8)
-    most = np.zeros(shape, np.float32)
-    total = np.zeros(shape, np.float32)
-    for name, amount in blood.items():
-        more = amount > most
-        label[more] = Subtype[name]
-        np.maximum(most, amount, out=most)
-        total += amount
-    label[total < 0.5] = 0
-    return label
-
-
-def volumes_of(blood: dict[str, Array], label: NDArray[np.uint8], edema: Array, grid: Grid) -> dict[str, object]:
-    """Continuous volume by subtype in the field of view, and that of the label's voxels, in mL."""
-    ml = grid.voxel_volume_mm3 / 1000
-    continuous = {name: round(float(amount.sum(dtype=np.float64)) * ml, 5) for name, amount in sorted(blood.items())}
-    counted = {s.name: round(int((label == s).sum()) * ml, 5) for s in Subtype if (label == s).any()}
-    return {
-        "volume_ml": continuous,
-        "label_volume_ml": counted,
-        "edema_ml": round(float(edema.sum(dtype=np.float64)) * ml, 5),
-    }
 
 
 def scanner_forms(grid: Grid) -> NiftiForms:
