@@ -104,13 +104,22 @@ def segment_cases(
 
 
 def measure_masks(masks: Sequence[Path], table: Path, settings: Settings) -> int:
-    """Measure masks that exist: a row a mask, a row a lesion."""
+    """Measure masks that exist: a row a mask, a row a lesion.
+
+    Raises:
+        ConfigError: a bundle or its keys were named, or `table` holds what a bundle segmented.
+        ReadError: no masks there.
+    """
     from ich_pipeline.batch import failed_row
     from ich_pipeline.reading import find_scans, read_mask
     from ich_pipeline.volumetry import measure
 
     if settings.overrides or settings.run["bundle"]:
         raise ConfigError("--masks measures masks that exist: it takes no bundle and none of its keys")
+    if table.is_file() and not settings.run["overwrite"] and any(row.bundle for row in read_rows(table)):
+        raise ConfigError(
+            f"{table} holds what a bundle segmented. Give another --out, or overwrite=true to replace it."
+        )
     report = RunReport({"run": settings.run})
     rows = []
     for case in tqdm(find_scans(masks), desc="masks", unit="mask", file=sys.stderr):

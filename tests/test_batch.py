@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 from heads import bleeding_head, oracle_bundle, save_nifti, write_heads
 
-from ich_pipeline import cli
+from ich_pipeline import cli, commands
 from ich_pipeline.batch import reason, run_batch
-from ich_pipeline.errors import ReadError
+from ich_pipeline.errors import ConfigError, ReadError
+from ich_pipeline.geometry import Grid
 from ich_pipeline.inference import Segmenter
 from ich_pipeline.nifti import nifti_stem
 from ich_pipeline.pipeline import Pipeline
 from ich_pipeline.reading import find_scans
+from ich_pipeline.report import read_rows, write_tables
 from ich_pipeline.run_report import RunReport
 
 TESTS = Path(__file__).parent
@@ -407,3 +409,20 @@ class TestTargets:
         other.write_text("")
         assert segment(scans, tmp_path / "out", bundle) == 0
         assert set(hidden(tmp_path / "out")) == {other, living}
+
+
+def test_measuring_masks_does_not_replace_a_segmented_table(tmp_path: Path) -> None:
+    table, masks = tmp_path / "volumes.csv", tmp_path / "masks"
+    mask = np.zeros((128, 128, 8), np.uint8)
+    mask[60:70, 60:70, 3:5] = 1
+    masks.mkdir()
+    save_nifti(masks / "a.nii.gz", mask, Grid(mask.shape, np.diag([1.0, 1.0, 5.0, 1.0])))
+    assert commands.measure_masks([masks], table, commands.Settings.of([])) == 0
+    assert commands.measure_masks([masks], table, commands.Settings.of([])) == 0  # its own table it makes again
+    rows = [replace(row, bundle="cascade3d") for row in read_rows(table)]
+    write_tables(table, rows)
+    with pytest.raises(ConfigError, match="holds what a bundle segmented"):
+        commands.measure_masks([masks], table, commands.Settings.of([]))
+    assert read_rows(table) == rows
+    assert commands.measure_masks([masks], table, commands.Settings.of(["overwrite=true"])) == 0
+    assert not any(row.bundle for row in read_rows(table))
