@@ -1,32 +1,13 @@
 """Many cases: reading, network and writing overlap, failures stay apart, every case keeps its row."""
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from ich_pipeline.errors import own_error
 from ich_pipeline.pipeline import Pipeline
 from ich_pipeline.records import CaseRecord
-from ich_pipeline.report import CaseRow, write_tables
-
-log = logging.getLogger(__name__)
-
-
-def reason(error: BaseException) -> str:
-    """What went wrong in one line: our own error behind what a library wrapped around it, or the error's type."""
-    own = own_error(error)
-    if own is not None:
-        return " ".join(str(own).split())
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def failed_row(case: CaseRecord, error: BaseException) -> CaseRow:
-    """The row of a case that could not be done: no numbers, the reason in words."""
-    log.debug("%s failed", case.case_id, exc_info=error)
-    return CaseRow(case_id=case.case_id, status="failed", error=reason(error), image=case.image)
-
+from ich_pipeline.report import CaseRow, failed_row, write_tables
 
 def run_batch(
     cases: Sequence[CaseRecord],

@@ -210,6 +210,9 @@ def main(argv: list[str] | None = None) -> None:
     except IchError as error:
         print(f"error: {error}", file=sys.stderr)
         status = WRONG_CALL
+    except (PermissionError, NotADirectoryError) as error:
+        print(f"error: {error.filename}: {error.strerror}. Give another folder to write to.", file=sys.stderr)
+        status = WRONG_CALL
     except Exception as error:
         status = _usage(error)
     if status == INTERRUPTED:  # typer makes this status of Ctrl-C

@@ -13,7 +13,7 @@ from ich_pipeline.bundles import Bundle, Config
 from ich_pipeline.errors import ConfigError
 from ich_pipeline.files import atomic_path, remove_leftovers
 from ich_pipeline.records import CaseRecord
-from ich_pipeline.report import LESIONS_NAME, CaseRow, read_rows, write_tables
+from ich_pipeline.report import LESIONS_NAME, CaseRow, failed_row, read_rows, write_tables
 from ich_pipeline.run_report import RunReport, plain
 from ich_pipeline.settings import TRAIN_CONFIGS, Settings
 
@@ -110,7 +110,6 @@ def measure_masks(masks: Sequence[Path], table: Path, settings: Settings) -> int
         ConfigError: a bundle or its keys were named, or `table` holds what a bundle segmented.
         ReadError: no masks there.
     """
-    from ich_pipeline.batch import failed_row
     from ich_pipeline.reading import find_scans, read_mask
     from ich_pipeline.volumetry import measure
 

@@ -216,7 +216,7 @@ def to_openvino(network: nn.Module, amp: str | bool) -> nn.Module:
 
 
 class AutocastInferer(Inferer):
-    """The forward pass of a training step under mixed precision; the loss stays in float32.
+    """The forward pass of a training step under mixed precision; a tensor it gives goes to the loss in float32.
 
     bf16 has float32's range, so no loss scaling is needed; a CUDA device without bf16 trains in float32.
     """
@@ -225,12 +225,13 @@ class AutocastInferer(Inferer):
         self.amp = amp_mode(amp)
 
     def __call__(self, inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Call the network; whatever it returns is returned."""
+        """Call the network; what is not a tensor (a network of several outputs) is returned as it is."""
         if inputs.device.type == "cpu":
             keep_heap()
         old_gpu = inputs.device.type == "cuda" and not torch.cuda.is_bf16_supported()
         with autocast(inputs.device, "off" if old_gpu else self.amp):
-            return network(inputs, *args, **kwargs)
+            output = network(inputs, *args, **kwargs)
+        return output.float() if isinstance(output, torch.Tensor) else output
 
 
 class EngineInferer(Inferer):

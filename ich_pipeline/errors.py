@@ -32,6 +32,13 @@ def own_error(error: BaseException) -> IchError | None:
     return cause
 
 
+def reason(error: BaseException) -> str:
+    """What went wrong in one line: our own error behind what a library wrapped around it, or the error's type."""
+    own = own_error(error)
+    text = str(own) if own is not None else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())
+
+
 @contextmanager
 def own_errors() -> Iterator[None]:
     """Raise our own error in place of what a library wrapped around it."""

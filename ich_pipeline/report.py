@@ -1,6 +1,7 @@
 """Tables: a row a case, a row a lesion, a row a score. Written whole or not at all, and read back to resume."""
 
 import csv
+import logging
 import math
 import os
 from collections import Counter
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
 from ich_pipeline.agreement import LESION_BIN_NAMES, Aggregate, CaseAgreement, Estimate, Summary, VolumeAgreement
-from ich_pipeline.errors import ManifestError
+from ich_pipeline.errors import ManifestError, reason
 from ich_pipeline.files import atomic_path, write_csv_rows
 from ich_pipeline.labels import Subtype
+from ich_pipeline.records import CaseRecord
 from ich_pipeline.run_report import CaseStatus
 from ich_pipeline.volumetry import LesionReport, SubtypeMl, VolumeReport
+
+log = logging.getLogger(__name__)
 
 STATUSES = get_args(CaseStatus)
 LESIONS_NAME = "lesions.csv"
@@ -70,6 +74,12 @@ class CaseRow:
         taken = set(self.extra) & {*VOLUME_COLUMNS, *_SUBTYPE_COLUMNS.values()}
         if taken:
             raise ValueError(f"{self.case_id}: extra columns {sorted(taken)} have a fixed meaning. Rename them.")
+
+
+def failed_row(case: CaseRecord, error: BaseException) -> CaseRow:
+    """The row of a case that could not be done: no numbers, the reason in words."""
+    log.debug("%s failed", case.case_id, exc_info=error)
+    return CaseRow(case_id=case.case_id, status="failed", error=reason(error), image=case.image)
 
 
 def write_tables(table: Path | str, rows: Sequence[CaseRow]) -> None:

@@ -358,39 +358,6 @@ class GradientGuard:
             )
 
 
-class FrozenStatistics:
-    """Handler after whose epoch batch norm uses its running averages in training as well, as it will at inference.
-
-    A batch of one patch is normalised by its own content, and the weights come to rely on it: they then fail on the
-    averages (docs/training.md). Trained on with fixed averages, they fit them, whatever the window's size.
-
-    Args:
-        network: whose batch norms are meant.
-        after: the last epoch with statistics of the batch; None never freezes.
-    """
-
-    def __init__(self, network: nn.Module, after: int | None) -> None:
-        self.network, self.after, self.frozen = network, after, False
-
-    def attach(self, engine: Engine) -> None:
-        """Attach to the trainer."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
-
-    def epoch_started(self, engine: Engine) -> None:
-        """Freeze once, also in a run that is resumed after that epoch."""
-        if self.after is None or self.frozen or engine.state.epoch <= self.after:
-            return
-        self.frozen = True
-        for module in self.network.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                # The trainer calls train() before every step, so the mode is set where it is used.
-                module.register_forward_pre_hook(_use_averages)
-
-
-def _use_averages(layer: nn.Module, inputs: Any) -> None:
-    layer.train(False)
-
-
 class Progress:
     """Handler that shows one bar over all iterations: rate, loss, last validation metric, remaining time.
 

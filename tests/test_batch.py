@@ -16,8 +16,8 @@ import pytest
 from heads import bleeding_head, oracle_bundle, save_nifti, write_heads
 
 from ich_pipeline import cli, commands
-from ich_pipeline.batch import reason, run_batch
-from ich_pipeline.errors import ConfigError, ReadError
+from ich_pipeline.batch import run_batch
+from ich_pipeline.errors import ConfigError, ReadError, reason
 from ich_pipeline.geometry import Grid
 from ich_pipeline.inference import Segmenter
 from ich_pipeline.nifti import nifti_stem

@@ -266,6 +266,17 @@ class TestNetwork:
         flat = ResidualUNet(TINY, spatial_dims=2).train()(torch.rand(2, 1, 32, 32))
         assert [tuple(level.shape) for level in flat] == [(2, 2, 32 // 2**n, 32 // 2**n) for n in range(4)]
 
+    @torch.no_grad()
+    def test_untrained_network_holds_hemorrhage_for_rare_at_every_level(self):
+        torch.manual_seed(0)
+        for level in ResidualUNet(TINY, norm_name="instance").train()(torch.randn(1, 1, 8, 64, 64)):
+            assert torch.softmax(level, dim=1)[:, 1].median() < 0.1
+
+    def test_losses_get_float32_under_mixed_precision(self):
+        with torch.autocast("cpu", torch.bfloat16):
+            levels = ResidualUNet(TINY).train()(torch.rand(1, 1, 4, 32, 32))
+        assert {level.dtype for level in levels} == {torch.float32}
+
     def test_stages_have_weights_of_their_own(self):
         network = CascadeUNet(TINY)
         coarse, fine = ({id(p) for p in s.parameters()} for s in (network.coarse_stage, network.fine_stage))

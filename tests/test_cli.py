@@ -145,6 +145,14 @@ def test_wrong_calls_say_what_is_wrong_and_write_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_written_is_a_wrong_call(call: Call, oracle: Path, tmp_path: Path) -> None:
+    write_heads(tmp_path / "scans", 1)
+    (tmp_path / "file").write_text("not a folder")
+    assert call("segment", "scans", "--out", "file/masks", f"bundle={oracle}") == 2
+    assert "file/masks" in call.err
+    assert "Traceback" not in call.err
+
+
 def test_our_error_is_shown_without_what_a_library_wrapped_around_it(call: Call, oracle: Path, tmp_path: Path) -> None:
     write_heads(tmp_path / "scans", 1)
     assert call("segment", "scans", "--out", "m", f"bundle={oracle}", "engine=tensorrt") == 2

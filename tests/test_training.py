@@ -565,20 +565,3 @@ def test_what_leaves_the_machine_names_no_path(undisturbed: Path, cases: Path) -
         assert sha256_of(copy / "models") == sha256_of(bundle.path / "models")
         assert not list(copy.rglob("training_state.pt"))
     assert str(cases) in (bundle.path / "configs/train.yaml").read_text()
-
-
-def test_frozen_statistics_are_used_and_kept() -> None:
-    """After the epoch a step must give what inference will give, and leave the running averages alone."""
-    network = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 1), torch.nn.BatchNorm3d(2))
-    engine = Engine(lambda engine, batch: network.train()(batch))
-    training.FrozenStatistics(network, after=1).attach(engine)
-    image, seen = torch.rand(1, 1, 4, 4, 4), []
-    engine.add_event_handler(
-        Events.ITERATION_COMPLETED, lambda engine: seen.append((engine.state.output, network[1].running_mean.clone()))
-    )
-    engine.run([image], max_epochs=3)
-    (own, first), (second_output, second), (third_output, third) = seen
-    assert not torch.equal(own, second_output)
-    assert torch.equal(first, second)
-    assert torch.equal(second, third)
-    assert torch.equal(third_output, network.eval()(image))
