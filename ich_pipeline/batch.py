@@ -9,6 +9,7 @@ from ich_pipeline.pipeline import Pipeline
 from ich_pipeline.records import CaseRecord
 from ich_pipeline.report import CaseRow, failed_row, write_tables
 
+
 def run_batch(
     cases: Sequence[CaseRecord],
     pipeline: Pipeline,

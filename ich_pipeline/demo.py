@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ich_pipeline import commands
 from ich_pipeline.commands import Settings
+from ich_pipeline.manifest import read_manifest
 from ich_pipeline.phantom import write_dataset
 
 SYNTHETIC = "These are synthetic phantoms: the numbers say that the software works, nothing about patients."
@@ -41,9 +42,8 @@ def run_demo(out: Path, cases: int, seed: int) -> int:
         Settings.of([bundle, f"data={manifest}", "split=test", f"out={out / 'evaluation'}", "overwrite=true", *shared])
     )
     table = out / "volumes" / "volumes.csv"
-    status |= commands.segment(
-        [out / "phantoms" / "images"], table.parent / "masks", table, Settings.of([bundle, "overwrite=true"])
-    )
+    held_out = [case.image for case in read_manifest(manifest) if case.split == "test"]
+    status |= commands.segment(held_out, table.parent / "masks", table, Settings.of([bundle, "overwrite=true"]))
     print(f"""
 {SYNTHETIC}
 held-out cases   {out / "evaluation" / "evaluation.md"} (scores), evaluation.csv (a row a case), plots

@@ -54,7 +54,7 @@ class OracleCascade(CascadeUNet):
 
 
 def oracle_bundle(folder: Path, delay_s: float = 0.0, **settings: Any) -> Path:
-    """cascade3d with an oracle for a network and no normalisation after the window; weights and hash in place.
+    """cascade3d with an oracle for a network and the window scaled to [0, 1]; weights and hash in place.
 
     A subprocess needs this folder of tests on PYTHONPATH.
     """
@@ -62,8 +62,8 @@ def oracle_bundle(folder: Path, delay_s: float = 0.0, **settings: Any) -> Path:
     file = folder / "configs" / "inference.yaml"
     config = yaml.safe_load(file.read_text())
     config["network_def"] = {"_target_": "heads.OracleCascade", "delay_s": delay_s, "coarse_scale": 1, "resize": False}
-    steps = config["preprocessing"]["transforms"]
-    config["preprocessing"]["transforms"] = [s for s in steps if s["_target_"] != "NormalizeIntensityd"]
+    (scale,) = (s for s in config["preprocessing"]["transforms"] if s["_target_"] == "ScaleIntensityRanged")
+    scale["b_min"] = 0.0
     config |= {"spacing_mm": [11.0, 2.0, 2.0], "mode": "fast", "amp": "off"} | settings
     file.write_text(yaml.safe_dump(config, sort_keys=False))
     save_weights(folder, OracleCascade(coarse_scale=1, resize=False))
