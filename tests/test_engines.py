@@ -142,11 +142,13 @@ class TestAutocast:
             AutocastInferer("half")
 
     def test_training_step(self):
-        layer = nn.Conv3d(1, 2, 3)
+        layer, inside = nn.Conv3d(1, 2, 3), []
+        layer.register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
         out = AutocastInferer("on")(torch.zeros(1, 1, 4, 4, 4), layer)
-        assert out.dtype == torch.bfloat16
+        AutocastInferer("off")(torch.zeros(1, 1, 4, 4, 4), layer)
+        assert inside == [torch.bfloat16, torch.float32]
+        assert out.dtype == torch.float32  # what the loss gets
         assert out.requires_grad
-        assert AutocastInferer("off")(torch.zeros(1, 1, 4, 4, 4), layer).dtype == torch.float32
 
     def test_timing_answers_yes_or_no(self):
         assert engines.bf16_is_faster() in (True, False)

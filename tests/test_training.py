@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 from monai.engines import SupervisedTrainer
 from monai.transforms import Compose, RandFlipd, RandGaussianNoised
