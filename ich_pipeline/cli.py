@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         status = WRONG_CALL
     except (PermissionError, NotADirectoryError) as error:
-        print(f"error: {error.filename}: {error.strerror}. Give another folder to write to.", file=sys.stderr)
+        print(f"error: {error.filename}: {error.strerror}. Give another path, or the right to use it.", file=sys.stderr)
         status = WRONG_CALL
     except Exception as error:
         status = _usage(error)

@@ -126,7 +126,7 @@ def test_every_page_of_docs_is_in_the_index() -> None:
 
 # Folders of one machine, and secrets by the form that their issuers give them.
 PRIVATE = re.compile(
-    r"(?<![\w.}])/(?:home|Users)/(?!doe\b)\w+|(?<![\w.}])/root/\w+"
+    r"(?<![\w.}])/(?:home|Users)/(?!doe\b)\w+|(?<![\w.}])/(?:root)/\w+"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY|\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_\w{36}\b|\bhf_\w{34}\b|\bglpat-[\w-]{20}\b"
 )
 
@@ -149,7 +149,7 @@ def test_no_committed_file_names_a_machine_or_a_secret() -> None:
     [
         ("see /home/anna/scans", True),
         ("'/Users/anna'", True),
-        ("open('/root/x')", True),
+        ("open('/{}/x')".format("root"), True),
         ("-----BEGIN RSA PRIVATE KEY-----", True),
         ("key=AKIA" + "A" * 16, True),
         ("token ghp_" + "a" * 36, True),
