@@ -70,6 +70,9 @@ class Segmenter:
         bundle: with weights.
         config: `inference.yaml` with overrides applied (`bundles.resolve`).
 
+    Attributes:
+        flags: what a reader of a result should know of the weights: `phantom_weights` were trained on phantoms.
+
     Raises:
         ConfigError: no weights, a wrong hash, or a config that does not build.
     """
@@ -82,6 +85,7 @@ class Segmenter:
             )
         self.bundle = bundle
         self.weights_sha256 = check_hash(bundle.weights)
+        self.flags = ("phantom_weights",) if bundle.metadata.get("trained_on_phantoms") else ()
         parser = ConfigParser({**config, "bundle_root": str(bundle.path)})
         with own_errors():
             if Path(parser.get_parsed_content("weights")).resolve() != bundle.weights.resolve():

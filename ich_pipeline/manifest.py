@@ -21,6 +21,7 @@ COLUMNS = ("case_id", "patient_id", "image", "label", "split", "fold")
 REQUIRED = ("case_id", "image")
 SPLITS = ("train", "val", "test", "")
 DATA_ROOT = "ICH_DATA_ROOT"
+PHANTOM_FILE = "phantom.json"  # beside the manifest of a set of phantoms
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 
 

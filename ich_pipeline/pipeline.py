@@ -63,7 +63,7 @@ class Pipeline:
         return CaseRow(
             case_id=scan.case_id,
             status="ok",
-            flags=scan.flags,
+            flags=scan.flags + self.segmenter.flags,
             image=scan.source,
             mask=mask_file,
             report=volumes,

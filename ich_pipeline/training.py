@@ -29,7 +29,7 @@ from ich_pipeline.bundles import Bundle, Config, is_bundle, read_yaml, resolve, 
 from ich_pipeline.engines import autocast, pick_device
 from ich_pipeline.errors import ConfigError, IchError, ManifestError
 from ich_pipeline.files import atomic_path, sha256_of, write_json
-from ich_pipeline.manifest import read_manifest
+from ich_pipeline.manifest import PHANTOM_FILE, read_manifest
 from ich_pipeline.run_report import RunReport
 from ich_pipeline.settings import TRAIN_CONFIGS, Settings
 
@@ -452,7 +452,10 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
     shutil.rmtree(target, ignore_errors=True)
     with atomic_path(target) as temporary:
         shutil.copytree(source.path, temporary, ignore=shutil.ignore_patterns("*.pt", "presets", "variants"))
-        write_configs(temporary, configs | {"metadata": configs["metadata"] | {"weights_sha256": None}})
+        # Weights made from phantoms say so in every row that they write: on real heads they are far off.
+        on_phantoms = Path(configs["train"]["data"]).with_name(PHANTOM_FILE).is_file()
+        made_here = {"weights_sha256": None, "trained_on_phantoms": on_phantoms}
+        write_configs(temporary, configs | {"metadata": configs["metadata"] | made_here})
         (temporary / "models").mkdir(exist_ok=True)
 
 

@@ -24,6 +24,7 @@ def test_demo_leaves_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     table = out / "volumes" / "volumes.csv"
     rows = read_rows(table)
     assert {row.status for row in rows} == {"ok"}
+    assert all("phantom_weights" in row.flags for row in rows)
     assert {row.case_id for row in rows} == {row.case_id for row in read_rows(out / "evaluation" / "volumes.csv")}
     named = [Path(word.rstrip(",")) for word in re.findall(rf"{re.escape(str(out))}\S*", said)]
     assert len(named) >= 5

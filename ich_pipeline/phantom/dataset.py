@@ -20,6 +20,7 @@ from ich_pipeline import __version__
 from ich_pipeline.errors import ConfigError
 from ich_pipeline.files import atomic_path, sha256_of, write_csv_rows, write_json
 from ich_pipeline.labels import Subtype
+from ich_pipeline.manifest import PHANTOM_FILE
 from ich_pipeline.phantom.cases import make_case
 from ich_pipeline.phantom.settings import BOX_COLUMNS, PhantomCase, PhantomSettings
 from ich_pipeline.records import Scan
@@ -112,7 +113,7 @@ def _claim(out: Path, seed: int, settings: PhantomSettings, background: Path | N
         "settings": settings.as_json(),
         "background": {"name": background.name, "sha256": sha256_of(background)} if background else None,
     }
-    file = out / "phantom.json"
+    file = out / PHANTOM_FILE
     if file.is_file():
         found = json.loads(file.read_text())
         different = [key for key in wanted if found.get(key) != json.loads(json.dumps(wanted[key]))]
