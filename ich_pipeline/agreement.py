@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ich_pipeline.abc2 import Box, lesion_box
 from ich_pipeline.geometry import Grid, require_same_grid
 from ich_pipeline.records import NativeMask
+from ich_pipeline.volumetry import THRESHOLD_ML
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -22,8 +23,6 @@ LESION_BINS_ML = (0.0, 1.0, 5.0, 30.0)
 LESION_BIN_NAMES = ("under_1ml", "1_to_5ml", "5_to_30ml", "from_30ml")
 # Beyond this a boundary is wrong: about half a thick slice, four pixels.
 NSD_TOLERANCE_MM = 2.0
-# The volume that decides about surgery and enrolment in most trials.
-THRESHOLD_ML = 30.0
 REPLICATES = 2000
 
 

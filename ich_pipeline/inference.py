@@ -71,6 +71,7 @@ class Segmenter:
         config: `inference.yaml` with overrides applied (`bundles.resolve`).
 
     Attributes:
+        threshold: of the probability, above which a voxel belongs to the mask.
         flags: what a reader of a result should know of the weights: `phantom_weights` were trained on phantoms.
 
     Raises:
@@ -104,6 +105,7 @@ class Segmenter:
             raise ConfigError(
                 f"{bundle.name}: postprocessing has no AsDiscreted, which makes a mask of scores. Add it."
             )
+        self.threshold = float(steps[cut].threshold[0])
         self.restoring = Compose(steps[:cut])
         self.thresholding = Compose([step for step in steps[cut:] if not isinstance(step, SaveImaged)])
 

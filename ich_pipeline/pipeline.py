@@ -10,7 +10,7 @@ from ich_pipeline.records import CaseRecord
 from ich_pipeline.report import CaseRow
 from ich_pipeline.restoring import write_mask
 from ich_pipeline.run_report import RunReport
-from ich_pipeline.volumetry import measure
+from ich_pipeline.volumetry import measure, with_probability_band
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class Pipeline:
         stage = partial(self.report.stage, case_id=scan.case_id)
         mask_file = self.masks / f"{scan.case_id}.nii.gz"
         with stage("measure"):
-            volumes = measure(scan.case_id, mask)
+            volumes = with_probability_band(
+                measure(scan.case_id, mask), prediction.probability, self.segmenter.threshold
+            )
         with stage("write"):
             write_mask(mask_file, mask.values, scan.grid, scan.forms)
             if self.regions and prediction.regions:

@@ -207,7 +207,15 @@ def _read(table: Path, columns: Iterable[str]) -> list[dict[str, str]]:
 
 def _parse(kind: type, names: Iterable[str], cells: Mapping[str, str]) -> dict[str, Any]:
     types = get_type_hints(kind)
-    return {name: bool(int(cells[name])) if types[name] is bool else types[name](cells[name]) for name in names}
+    return {name: _value(types[name], cells[name]) for name in names}
+
+
+def _value(kind: Any, cell: str) -> Any:
+    """A cell as its column's type; an empty one is None where the type allows it."""
+    options = get_args(kind)
+    if options:
+        return None if cell == "" else _value(options[0], cell)
+    return bool(int(cell)) if kind is bool else kind(cell)
 
 
 def _parse_subtypes(cells: Mapping[str, str]) -> SubtypeMl | None:

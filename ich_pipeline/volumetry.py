@@ -1,16 +1,24 @@
 """What a mask measures: millilitres, the bedside rules beside them, and each lesion on its own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import pi
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ich_pipeline.abc2 import Abc2, SliceStack, lesion_box, measure_stack, slice_stack
-from ich_pipeline.geometry import Grid
+from ich_pipeline.geometry import Grid, require_same_grid
 from ich_pipeline.labels import Subtype
 from ich_pipeline.records import NativeMask
 
 SubtypeMl = dict[Subtype, float]
+
+# The volume that decides about surgery and enrolment in most trials.
+THRESHOLD_ML = 30.0
+# Blood that a ruler cannot measure: it follows sulci, the skull or the ventricles and is nowhere near an ellipsoid.
+NO_ELLIPSOID = (Subtype.IVH, Subtype.SAH, Subtype.SDH)
+HALF_VOXEL, PROBABILITY = "half_voxel", "probability"
 
 
 @dataclass(frozen=True)
@@ -18,7 +26,8 @@ class LesionReport:
     """One 26-connected lesion; the fields are the columns of lesions.csv.
 
     `lesion` counts from 1 by falling volume; equal volumes by position, uppermost first, then anterior, then right.
-    The centroid is in RAS+ mm. `subtype_ml` is None for a mask without subtypes.
+    The centroid is in RAS+ mm. `subtype_ml` and `abc2_applies` are None for a mask without subtypes; the rules mean
+    something (`abc2_applies`) where most of the lesion is epidural or intraparenchymal.
     """
 
     lesion: int
@@ -34,6 +43,7 @@ class LesionReport:
     c_mm: float
     slices: int
     touches_border: bool
+    abc2_applies: bool | None = None
     subtype_ml: SubtypeMl | None = None
 
 
@@ -42,7 +52,16 @@ class VolumeReport:
     """Measures of one mask; the fields are the columns of volumes.csv (docs/measurement.md defines each).
 
     The three rules without `lesions_sum` take the whole mask as one object; those with it add up the lesions.
-    An empty mask reads 0 everywhere. `subtype_ml` is None for a mask without subtypes.
+    An empty mask reads 0 everywhere. `subtype_ml` and `abc2_applies` are None for a mask without subtypes, the three
+    edema fields without an edema mask. The rules mean something (`abc2_applies`) when they do for every lesion.
+
+    Attributes:
+        volume_low_ml, volume_high_ml: what the same outline may hold, by `band`: `half_voxel` moves the boundary of the
+            mask by half a voxel, `probability` moves the network's threshold half way to 1 and to 0.
+        from_30_ml: volume less 30 mL; `band_holds_30`: 30 mL lies in the band, so the side it is on is not certain.
+        edema_ratio: edema to bleed, where there is a bleed; the parenchymal bleed where subtypes are known.
+        edema_extension_mm: how far edema reaches beyond the bleed if both were spheres (Parry-Jones et al., Stroke
+            2015;46:1536).
     """
 
     volume_ml: float
@@ -61,11 +80,20 @@ class VolumeReport:
     abc2_lesions_sum_ml: float
     abc2_kothari_lesions_sum_ml: float
     tada_lesions_sum_ml: float
+    volume_low_ml: float
+    volume_high_ml: float
+    band: str
+    from_30_ml: float
+    band_holds_30: bool
+    abc2_applies: bool | None = None
+    edema_ml: float | None = None
+    edema_ratio: float | None = None
+    edema_extension_mm: float | None = None
     subtype_ml: SubtypeMl | None = None
     lesions: tuple[LesionReport, ...] = ()
 
 
-def measure(case_id: str, mask: NativeMask, *, subtypes: bool = False) -> VolumeReport:
+def measure(case_id: str, mask: NativeMask, *, subtypes: bool = False, edema: NativeMask | None = None) -> VolumeReport:
     """Measure a mask on its own grid.
 
     Voxel volume is |det(affine)|; spacing and tilt come from the affine as well, never from header fields.
@@ -74,27 +102,47 @@ def measure(case_id: str, mask: NativeMask, *, subtypes: bool = False) -> Volume
         case_id: named in errors.
         mask: bool or uint8 (I, J, K); every non-zero voxel is hemorrhage.
         subtypes: the values are those of `Subtype`, and millilitres are wanted for each.
+        edema: perihematomal edema on the same grid, non-zero; where it overlaps the bleed it is bleed.
 
     Raises:
-        TypeError: the mask is neither bool nor uint8.
+        TypeError: a mask is neither bool nor uint8.
         ValueError: `subtypes` is set and the mask holds a value that no subtype has.
+        GeometryError: the edema is on another grid.
     """
     if mask.values.dtype not in (np.bool_, np.uint8):
         raise TypeError(f"{case_id}: mask of {mask.values.dtype}, expected bool or uint8. Threshold it first.")
     box = lesion_box(mask.values)
     if box is None:
-        return _report(mask.grid, 0, Abc2(), (), touches_border=False, subtype_ml=_no_blood() if subtypes else None)
-    stack = slice_stack(mask, box)
-    kinds = _subtype_values(case_id, mask.values[box].transpose(stack.axes)) if subtypes else None
-    whole = measure_stack(stack)
-    return _report(
-        mask.grid,
-        int(np.count_nonzero(stack.values)),
-        whole,
-        _measure_lesions(stack, whole, kinds),
-        touches_border=stack.touches_border,
-        subtype_ml=None if kinds is None else _subtype_ml(kinds, mask.grid),
+        report = _report(mask.grid, 0, Abc2(), (), (0.0, 0.0), touches_border=False)
+        report = replace(report, subtype_ml=_no_blood(), abc2_applies=True) if subtypes else report
+    else:
+        stack = slice_stack(mask, box)
+        kinds = _subtype_values(case_id, mask.values[box].transpose(stack.axes)) if subtypes else None
+        whole = measure_stack(stack)
+        lesions = _measure_lesions(stack, whole, kinds)
+        voxels = int(np.count_nonzero(stack.values))
+        band = _half_voxel_band(stack.values, voxels)
+        report = _report(mask.grid, voxels, whole, lesions, band, touches_border=stack.touches_border)
+        if kinds is not None:
+            applies = all(lesion.abc2_applies for lesion in lesions)
+            report = replace(report, subtype_ml=_subtype_ml(kinds, mask.grid), abc2_applies=applies)
+    return report if edema is None else _with_edema(case_id, report, mask, edema)
+
+
+def with_probability_band(report: VolumeReport, probability: NDArray[np.floating], threshold: float) -> VolumeReport:
+    """The report of a predicted mask with a band that says how sure the network was, not how coarse the voxels are.
+
+    Args:
+        probability: (I, J, K) on the mask's grid, in [0, 1].
+        threshold: that made the mask; the band's ends are the volumes at thresholds half way from it to 1 and to 0. Steps
+            after the threshold can put the mask's own volume outside these; then it is the band's end.
+    """
+    to_ml = report.voxel_volume_mm3 / 1000
+    low_ml, high_ml = (
+        float(np.count_nonzero(probability > cut)) * to_ml for cut in ((threshold + 1) / 2, threshold / 2)
     )
+    ends_ml = min(low_ml, report.volume_ml), max(high_ml, report.volume_ml)
+    return replace(report, **_band_fields(*ends_ml, PROBABILITY))
 
 
 def _report(
@@ -102,12 +150,13 @@ def _report(
     voxels: int,
     whole: Abc2,
     lesions: tuple[LesionReport, ...],
+    band_voxels: tuple[float, float],
     *,
     touches_border: bool,
-    subtype_ml: SubtypeMl | None,
 ) -> VolumeReport:
+    to_ml = grid.voxel_volume_mm3 / 1000
     return VolumeReport(
-        volume_ml=voxels * grid.voxel_volume_mm3 / 1000,
+        volume_ml=voxels * to_ml,
         abc2_ml=whole.abc2_ml,
         abc2_kothari_ml=whole.abc2_kothari_ml,
         tada_ml=whole.tada_ml,
@@ -123,9 +172,57 @@ def _report(
         abc2_lesions_sum_ml=sum((lesion.abc2_ml for lesion in lesions), 0.0),
         abc2_kothari_lesions_sum_ml=sum((lesion.abc2_kothari_ml for lesion in lesions), 0.0),
         tada_lesions_sum_ml=sum((lesion.tada_ml for lesion in lesions), 0.0),
-        subtype_ml=subtype_ml,
+        from_30_ml=voxels * to_ml - THRESHOLD_ML,
         lesions=lesions,
+        **_band_fields(band_voxels[0] * to_ml, band_voxels[1] * to_ml, HALF_VOXEL),
     )
+
+
+def _band_fields(low_ml: float, high_ml: float, band: str) -> dict[str, Any]:
+    holds = low_ml <= THRESHOLD_ML < high_ml
+    return {"volume_low_ml": low_ml, "volume_high_ml": high_ml, "band": band, "band_holds_30": holds}
+
+
+def _half_voxel_band(values: NDArray[np.bool_], voxels: int) -> tuple[float, float]:
+    """Voxels of a mask whose boundary lies half a voxel further in, or out.
+
+    A voxel with a face on the boundary may be half empty if it is inside and half full if it is outside, whatever is
+    beyond the image.
+    """
+    padded = np.pad(values, 1)
+    beside, surrounded = padded.copy(), padded.copy()
+    for axis in range(3):
+        for near, far in ((slice(1, None), slice(None, -1)), (slice(None, -1), slice(1, None))):
+            here: list[slice] = [slice(None)] * 3
+            there = here.copy()
+            here[axis], there[axis] = near, far
+            beside[tuple(here)] |= padded[tuple(there)]
+            surrounded[tuple(here)] &= padded[tuple(there)]
+    outside = int(np.count_nonzero(beside)) - voxels
+    inside = voxels - int(np.count_nonzero(surrounded))
+    return voxels - inside / 2, voxels + outside / 2
+
+
+def _with_edema(case_id: str, report: VolumeReport, mask: NativeMask, edema: NativeMask) -> VolumeReport:
+    require_same_grid(case_id, "edema", edema.grid, mask.grid)
+    if edema.values.dtype not in (np.bool_, np.uint8):
+        raise TypeError(f"{case_id}: edema of {edema.values.dtype}, expected bool or uint8. Threshold it first.")
+    box = lesion_box(edema.values)
+    voxels = int(np.count_nonzero((edema.values[box] != 0) & (mask.values[box] == 0))) if box else 0
+    edema_ml = voxels * mask.grid.voxel_volume_mm3 / 1000
+    # Edema surrounds parenchymal blood; blood elsewhere has none, and would make the ratio too small.
+    bleed_ml = report.volume_ml if report.subtype_ml is None else report.subtype_ml[Subtype.IPH]
+    reach_mm = _sphere_radius_mm(edema_ml + bleed_ml) - _sphere_radius_mm(bleed_ml)
+    return replace(
+        report,
+        edema_ml=edema_ml,
+        edema_ratio=edema_ml / bleed_ml if bleed_ml else None,
+        edema_extension_mm=reach_mm if bleed_ml else None,
+    )
+
+
+def _sphere_radius_mm(volume_ml: float) -> float:
+    return float((1000 * volume_ml * 3 / (4 * pi)) ** (1 / 3))
 
 
 def _measure_lesions(stack: SliceStack, whole: Abc2, kinds: NDArray[np.uint8] | None) -> tuple[LesionReport, ...]:
@@ -144,6 +241,7 @@ def _measure_lesions(stack: SliceStack, whole: Abc2, kinds: NDArray[np.uint8] | 
         values = labels[box] == n
         part = stack.part(box, values)
         abc2 = whole if len(order) == 1 else measure_stack(part)
+        subtype_ml = None if kinds is None else _subtype_ml(kinds[box][values], stack.grid)
         x_mm, y_mm, z_mm = centroids_mm[n].tolist()
         lesions.append(
             LesionReport(
@@ -160,7 +258,8 @@ def _measure_lesions(stack: SliceStack, whole: Abc2, kinds: NDArray[np.uint8] | 
                 c_mm=abc2.c_mm,
                 slices=abc2.n_slices,
                 touches_border=part.touches_border,
-                subtype_ml=None if kinds is None else _subtype_ml(kinds[box][values], stack.grid),
+                abc2_applies=None if subtype_ml is None else _main_subtype(subtype_ml) not in NO_ELLIPSOID,
+                subtype_ml=subtype_ml,
             )
         )
     return tuple(lesions)
@@ -183,6 +282,10 @@ def _subtype_values(case_id: str, values: NDArray[np.generic]) -> NDArray[np.uin
 def _subtype_ml(values: NDArray[np.uint8], grid: Grid) -> SubtypeMl:
     counts = np.bincount(values.ravel(), minlength=len(Subtype) + 1)
     return {kind: int(counts[kind]) * grid.voxel_volume_mm3 / 1000 for kind in Subtype}
+
+
+def _main_subtype(subtype_ml: SubtypeMl) -> Subtype:
+    return max(subtype_ml, key=lambda kind: subtype_ml[kind])
 
 
 def _no_blood() -> SubtypeMl:

@@ -74,9 +74,9 @@ def test_columns_of_the_design_come_first(tmp_path: Path) -> None:
     assert header[: len(DESIGN_COLUMNS)] == DESIGN_COLUMNS
     assert header == [*VOLUME_COLUMNS, "split"]
     assert VOLUME_COLUMNS[len(DESIGN_COLUMNS) :] == [
-        "abc2_lesions_sum_ml",
-        "abc2_kothari_lesions_sum_ml",
-        "tada_lesions_sum_ml",
+        *("abc2_lesions_sum_ml", "abc2_kothari_lesions_sum_ml", "tada_lesions_sum_ml"),
+        *("volume_low_ml", "volume_high_ml", "band", "from_30_ml", "band_holds_30"),
+        *("abc2_applies", "edema_ml", "edema_ratio", "edema_extension_mm"),
     ]
 
 
