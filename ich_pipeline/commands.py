@@ -13,7 +13,7 @@ from ich_pipeline.bundles import Bundle, Config
 from ich_pipeline.errors import ConfigError
 from ich_pipeline.files import atomic_path, remove_leftovers
 from ich_pipeline.records import CaseRecord
-from ich_pipeline.report import LESIONS_NAME, CaseRow, failed_row, read_rows, write_tables
+from ich_pipeline.report import LESIONS_NAME, CaseRow, read_rows, write_tables
 from ich_pipeline.run_report import RunReport, plain
 from ich_pipeline.settings import TRAIN_CONFIGS, Settings
 
@@ -106,12 +106,18 @@ def segment_cases(
 def measure_masks(masks: Sequence[Path], table: Path, settings: Settings) -> int:
     """Measure masks that exist: a row a mask, a row a lesion.
 
+    Args:
+        masks: files, folders, manifests (their labels where they have any, else their images).
+        table: `volumes.csv`; `lesions.csv` and `run.json` go beside it.
+
+    Returns:
+        0 when every mask is ok, else 1.
+
     Raises:
         ConfigError: a bundle or its keys were named, or `table` holds what a bundle segmented.
         ReadError: no masks there.
     """
-    from ich_pipeline.reading import find_scans, read_mask
-    from ich_pipeline.volumetry import measure
+    from ich_pipeline.reading import find_scans
 
     if settings.overrides or settings.run["bundle"]:
         raise ConfigError("--masks measures masks that exist: it takes no bundle and none of its keys")
@@ -120,22 +126,32 @@ def measure_masks(masks: Sequence[Path], table: Path, settings: Settings) -> int
             f"{table} holds what a bundle segmented. Give another --out, or overwrite=true to replace it."
         )
     report = RunReport({"run": settings.run})
-    rows = []
-    for case in tqdm(find_scans(masks), desc="masks", unit="mask", file=sys.stderr):
-        report.add_input(case.image)
-        try:
-            with report.stage("read", case.case_id):
-                mask, _ = read_mask(case.image, case.case_id)
-            with report.stage("measure", case.case_id):
-                volumes = measure(case.case_id, mask)
-            rows.append(CaseRow(case_id=case.case_id, status="ok", mask=case.image, report=volumes))
-        except Exception as error:
-            rows.append(failed_row(case, error))
-        report.add_case(case.case_id, rows[-1].status, error=rows[-1].error or None)
+    rows = measure_cases(find_scans(masks), report, settings)
     write_tables(table, rows)
     status = int(any(row.status == "failed" for row in rows))
     report.write(table.parent / "run.json", exit_status=status)
     return status
+
+
+def measure_cases(cases: Sequence[CaseRecord], report: RunReport, settings: Settings) -> list[CaseRow]:
+    """Rows of masks that exist, each booked in the report."""
+    from ich_pipeline.masks import Measured, measure_files
+
+    for case in cases:
+        report.add_input(case.label or case.image)
+    with tqdm(total=len(cases), desc="masks", unit="mask", file=sys.stderr) as bar:
+
+        def booked(measured: Measured) -> None:
+            for name, seconds in measured.seconds.items():
+                report.book(name, seconds, measured.row.case_id)
+            report.add_case(measured.row.case_id, measured.row.status, error=measured.row.error or None)
+            _shown(bar, measured.row)
+
+        run = settings.run
+        found = measure_files(
+            cases, subtypes=run["subtypes"], edema_value=run["edema"], jobs=run["jobs"], on_case=booked
+        )
+    return [each.row for each in found]
 
 
 def _shown(bar: Any, row: CaseRow) -> None:

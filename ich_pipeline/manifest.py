@@ -1,7 +1,8 @@
 """Tables of cases: read and checked, written, split by patient, made from a downloaded dataset.
 
-A manifest is a CSV file with at least `case_id` and `image`; `patient_id`, `label`, `split` and `fold` have a meaning,
-any other column is kept as it is. Paths are relative to the manifest, or to the folder in ICH_DATA_ROOT.
+A manifest is a CSV file with at least `case_id` and `image`; `patient_id`, `label`, `split`, `fold` and `edema` (a mask
+of perihematomal edema) have a meaning, any other column is kept as it is. Paths are relative to the manifest, or to the
+folder in ICH_DATA_ROOT.
 """
 
 import csv
@@ -18,6 +19,7 @@ from ich_pipeline.files import write_csv_rows
 from ich_pipeline.records import CaseRecord
 
 COLUMNS = ("case_id", "patient_id", "image", "label", "split", "fold")
+EDEMA = "edema"  # few data sets have it: the column is there where a case has one
 REQUIRED = ("case_id", "image")
 SPLITS = ("train", "val", "test", "")
 DATA_ROOT = "ICH_DATA_ROOT"
@@ -83,10 +85,12 @@ def write_manifest(path: Path | str, records: Sequence[CaseRecord]) -> None:
             "label": _portable(record.label, path.parent) if record.label else "",
             "split": record.split,
             "fold": record.fold,
+            **({EDEMA: _portable(record.edema, path.parent)} if record.edema else {}),
         }
         for record in records
     ]
-    write_csv_rows(path, rows, [*COLUMNS, *extra])
+    edema = [EDEMA] if any(record.edema for record in records) else []
+    write_csv_rows(path, rows, [*COLUMNS, *edema, *extra])
 
 
 def split_by_patient(records: Sequence[CaseRecord], fractions: Mapping[str, float], seed: int) -> list[CaseRecord]:
@@ -185,7 +189,8 @@ def _record(where: str, folder: Path, row: dict[str, str], require_label: bool) 
         label=_existing(where, folder, row["label"]) if row.get("label") else None,
         split=split,
         fold=int(fold) if fold else None,
-        extra={name: value for name, value in row.items() if name not in COLUMNS},
+        edema=_existing(where, folder, row[EDEMA]) if row.get(EDEMA) else None,
+        extra={name: value for name, value in row.items() if name not in (*COLUMNS, EDEMA)},
     )
 
 

@@ -76,3 +76,4 @@ class CaseRecord:
     split: str = ""
     fold: int | None = None
     extra: dict[str, str] = field(default_factory=dict)
+    edema: Path | None = None

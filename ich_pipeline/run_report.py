@@ -98,7 +98,7 @@ class RunReport:
         try:
             yield
         finally:
-            self._book(name, time.perf_counter() - start, case_id)
+            self.book(name, time.perf_counter() - start, case_id)
             open_names.remove(name)
 
     def add_input(self, path: Path) -> None:
@@ -179,7 +179,8 @@ class RunReport:
             }
         write_json(path, report)
 
-    def _book(self, name: str, seconds: float, case_id: str | None) -> None:
+    def book(self, name: str, seconds: float, case_id: str | None = None) -> None:
+        """Add seconds of a stage that were counted elsewhere, such as in another process."""
         with self._lock:
             stage = self._stages[name]
             stage.seconds += seconds

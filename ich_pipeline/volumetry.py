@@ -134,8 +134,8 @@ def with_probability_band(report: VolumeReport, probability: NDArray[np.floating
 
     Args:
         probability: (I, J, K) on the mask's grid, in [0, 1].
-        threshold: that made the mask; the band's ends are the volumes at thresholds half way from it to 1 and to 0. Steps
-            after the threshold can put the mask's own volume outside these; then it is the band's end.
+        threshold: that made the mask; the band's ends are the volumes at thresholds half way from it to 1 and to 0.
+            Steps after the threshold can put the mask's own volume outside these; then it is the band's end.
     """
     to_ml = report.voxel_volume_mm3 / 1000
     low_ml, high_ml = (
@@ -184,10 +184,10 @@ def _band_fields(low_ml: float, high_ml: float, band: str) -> dict[str, Any]:
 
 
 def _half_voxel_band(values: NDArray[np.bool_], voxels: int) -> tuple[float, float]:
-    """Voxels of a mask whose boundary lies half a voxel further in, or out.
+    """Voxels of a mask whose boundary lies half a voxel further in, or out, along the axis that it faces most.
 
-    A voxel with a face on the boundary may be half empty if it is inside and half full if it is outside, whatever is
-    beyond the image.
+    A voxel with a face on the boundary may be half empty if it is inside and half full if it is outside; what lies
+    beyond the image counts as outside.
     """
     padded = np.pad(values, 1)
     beside, surrounded = padded.copy(), padded.copy()

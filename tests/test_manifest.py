@@ -207,6 +207,16 @@ def test_written_manifest_reads_back(manifest, tmp_path, monkeypatch):
     assert second == written[1]
 
 
+def test_edema_is_a_file(manifest, tmp_path):
+    path = manifest("case_id,image,edema\nA,a_img.nii.gz,a_lab.nii.gz\nB,b_img.nii.gz,\n")
+    first, second = read_manifest(path)
+    assert (first.edema, second.edema, first.extra) == (tmp_path / "a_lab.nii.gz", None, {})
+    write_manifest(tmp_path / "again.csv", [first, second])
+    assert read_manifest(tmp_path / "again.csv") == [first, second]
+    with pytest.raises(ManifestError, match=r"row 2: nowhere\.nii\.gz does not exist"):
+        read_manifest(manifest("case_id,image,edema\nA,a_img.nii.gz,nowhere.nii.gz\n"))
+
+
 FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
 
 

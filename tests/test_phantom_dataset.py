@@ -71,7 +71,7 @@ def test_manifest_reads_back_with_grids_and_tables_agree_with_labels(four):
         assert scan.grid.tilt_deg == pytest.approx(abs(float(record.extra["tilt_deg"])), abs=0.01)
         assert (scan.forms.sform_code, scan.forms.qform_code) == (1, int(scan.grid.tilt_deg < 1e-3))
         brain = read_mask(four.parent / record.extra["brain"])[0].values
-        edema = read_mask(four.parent / record.extra["edema"])[0].values
+        edema = read_mask(record.edema)[0].values
         assert brain[label.values > 0].all()
         assert not (edema & (label.values > 0)).any()
         truth = json.loads((four.parent / "truth" / f"{record.case_id}.json").read_text())

@@ -8,9 +8,10 @@ from shapes import ellipsoid, empty, make_grid, reorient
 from test_abc2 import ORDERS, random_blob, real_masks
 
 from ich_pipeline.abc2 import measure_abc2
+from ich_pipeline.errors import GeometryError
 from ich_pipeline.labels import Subtype
 from ich_pipeline.records import NativeMask
-from ich_pipeline.volumetry import VolumeReport, measure
+from ich_pipeline.volumetry import VolumeReport, measure, with_probability_band
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "PIR"])
@@ -200,3 +201,126 @@ def test_measuring_a_real_mask_takes_5_ms(real_data: Path) -> None:
         measure("case", mask)
         seconds.append(time.process_time() - start)
     assert np.median(seconds) <= 5e-3
+
+
+class TestBand:
+    """How far a single number may be off."""
+
+    @pytest.mark.parametrize("radius_mm", [6.0, 15.0])
+    def test_half_a_voxel_of_boundary(self, radius_mm: float) -> None:
+        report = measure("ball", ellipsoid(make_grid((90, 90, 90), (0.5, 0.5, 0.5)), (radius_mm,) * 3))
+        for moved_mm, found_ml in ((-0.25, report.volume_low_ml), (0.25, report.volume_high_ml)):
+            # Along the axis that the boundary faces most: on a ball 0.83 of a shift along its normal.
+            shift_ml = 4 / 3 * np.pi * ((radius_mm + 0.83 * moved_mm) ** 3 - radius_mm**3) / 1000
+            assert found_ml - report.volume_ml == pytest.approx(shift_ml, rel=0.04)
+        assert report.band == "half_voxel"
+
+    def test_one_voxel_and_full_image(self) -> None:
+        mask = empty(make_grid((5, 5, 5), (1, 1, 2)))
+        mask.values[2, 2, 2] = True
+        one = measure("voxel", mask)
+        # The voxel half empty; its six neighbours half full.
+        assert (one.volume_low_ml, one.volume_high_ml) == pytest.approx((0.001, 0.008))
+        mask.values[...] = True
+        full = measure("full", mask)
+        # 3 x 3 x 3 voxels have no face on the boundary; 6 x 25 would lie beyond the image.
+        assert (full.volume_low_ml, full.volume_high_ml) == pytest.approx((0.25 - 0.098, 0.25 + 0.15))
+
+    def test_empty_mask_has_no_band(self) -> None:
+        report = measure("clean", empty(make_grid((8, 8, 8))))
+        assert (report.volume_low_ml, report.volume_high_ml, report.band_holds_30) == (0, 0, False)
+
+    def test_probability_counts_at_the_thresholds_half_way(self) -> None:
+        probability = np.zeros((10, 10, 10), np.float32)
+        probability[:5, 0, 0] = 0.9
+        probability[5:8, 0, 0] = 0.6
+        probability[8:, 0, 0] = 0.3
+        mask = NativeMask((probability > 0.5).astype(np.uint8), make_grid((10, 10, 10)))
+        report = with_probability_band(measure("case", mask), probability, 0.5)
+        assert (report.volume_low_ml, report.volume_ml, report.volume_high_ml) == pytest.approx((0.005, 0.008, 0.01))
+        assert report.band == "probability"
+        # At a threshold of 0.2 the ends are 0.6 and 0.1; a mask that was cleaned afterwards is its own end.
+        cleaned = NativeMask(np.zeros_like(mask.values), mask.grid)
+        cleaned.values[0, 0, 0] = 1
+        report = with_probability_band(measure("case", cleaned), probability, 0.2)
+        assert (report.volume_low_ml, report.volume_high_ml) == pytest.approx((0.001, 0.01))
+
+    @pytest.mark.parametrize(("high", "holds"), [(0.9, False), (0.3, True)])
+    def test_30_ml_in_the_band(self, high: float, holds: bool) -> None:
+        probability = np.zeros((40, 40, 40), np.float32)
+        probability[:29, :, :25] = 0.9
+        probability[29:35, :, :25] = high if holds else 0.0
+        mask = NativeMask((probability > 0.5).astype(np.uint8), make_grid((40, 40, 40)))
+        report = with_probability_band(measure("case", mask), probability, 0.5)
+        assert report.from_30_ml == pytest.approx(-1)
+        assert report.band_holds_30 == holds
+
+    @pytest.mark.parametrize("order", ORDERS[::7])
+    def test_order_of_storage_changes_nothing(self, order: tuple[int, ...]) -> None:
+        mask = random_blob(3)
+        report, turned = measure("case", mask), measure("case", reorient(mask, order))
+        assert (turned.volume_low_ml, turned.volume_high_ml) == pytest.approx(
+            (report.volume_low_ml, report.volume_high_ml), rel=1e-12
+        )
+
+
+class TestSubtypesAndEdema:
+    GRID = make_grid((40, 40, 10), (0.5, 0.5, 5))
+
+    def label(self, *values: int) -> NativeMask:
+        mask = NativeMask(np.zeros(self.GRID.shape, np.uint8), self.GRID)
+        for n, value in enumerate(values):
+            mask.values[4 * n : 4 * n + 3, 4:8, 4] = value
+        return mask
+
+    @pytest.mark.parametrize(
+        ("kinds", "applies"),
+        [
+            ((), True),
+            ((Subtype.IPH,), True),
+            ((Subtype.EDH, Subtype.IPH), True),
+            ((Subtype.IVH,), False),
+            ((Subtype.SAH,), False),
+            ((Subtype.IPH, Subtype.SDH), False),
+        ],
+    )
+    def test_where_the_rules_mean_something(self, kinds: tuple[Subtype, ...], applies: bool) -> None:
+        mask = self.label(*kinds)
+        report = measure("case", mask, subtypes=True)
+        assert report.abc2_applies is applies
+        assert report.abc2_ml == measure("case", mask).abc2_ml, "the number stays"
+        assert measure("case", mask).abc2_applies is None
+
+    def test_most_of_a_lesion_decides(self) -> None:
+        mask = self.label(Subtype.IPH)
+        mask.values[0, 4:8, 4] = Subtype.IVH
+        assert measure("case", mask, subtypes=True).lesions[0].abc2_applies
+        mask.values[1, 4:8, 4] = Subtype.IVH
+        assert not measure("case", mask, subtypes=True).lesions[0].abc2_applies
+
+    def test_edema_extension_is_the_difference_of_two_radii(self) -> None:
+        grid = make_grid((90, 90, 90), (1, 1, 1))
+        bleed, both = ellipsoid(grid, (20, 20, 20)), ellipsoid(grid, (27, 27, 27))
+        report = measure("case", bleed, edema=both)
+        assert report.edema_extension_mm == pytest.approx(7, abs=0.03)
+        assert report.edema_ratio == pytest.approx((27**3 - 20**3) / 20**3, rel=0.01)
+        assert report.edema_ml == pytest.approx((both.values.sum() - bleed.values.sum()) / 1000)
+
+    def test_edema_belongs_to_parenchymal_blood(self) -> None:
+        mask = self.label(Subtype.IPH, Subtype.IVH)
+        edema = NativeMask(np.zeros(self.GRID.shape, bool), self.GRID)
+        edema.values[:3, 8:10, 4] = True
+        assert measure("case", mask, subtypes=True, edema=edema).edema_ratio == pytest.approx(6 / 12)
+        assert measure("case", mask, edema=edema).edema_ratio == pytest.approx(6 / 24)
+        none = measure("case", self.label(Subtype.IVH), subtypes=True, edema=edema)
+        assert (none.edema_ratio, none.edema_extension_mm) == (None, None)
+        assert none.edema_ml == pytest.approx(6 * 1.25 / 1000)
+        empty_edema = measure("case", mask, edema=NativeMask(np.zeros(self.GRID.shape, bool), self.GRID))
+        assert (empty_edema.edema_ml, empty_edema.edema_ratio, empty_edema.edema_extension_mm) == (0, 0, 0)
+
+    def test_edema_that_cannot_be_used_is_refused(self) -> None:
+        mask = self.label(Subtype.IPH)
+        with pytest.raises(GeometryError, match="case: edema is on another grid"):
+            measure("case", mask, edema=empty(make_grid((40, 40, 10), (0.5, 0.5, 4))))
+        with pytest.raises(TypeError, match="edema of float32"):
+            measure("case", mask, edema=NativeMask(np.zeros(self.GRID.shape, np.float32), self.GRID))
