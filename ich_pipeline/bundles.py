@@ -148,7 +148,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def parse_overrides(words: Iterable[str]) -> Config:
-    """`key=value` words as a mapping; values are YAML.
+    """`key=value` words as a mapping; values are YAML, but one that begins with `>` is text, such as `>=6mL`.
 
     Raises:
         ConfigError: a word without `=`, a key given twice, a value that is not YAML.
@@ -161,7 +161,8 @@ def parse_overrides(words: Iterable[str]) -> Config:
         if key in overrides:
             raise ConfigError(f"'{key}' is given twice")
         try:
-            overrides[key] = _floats(yaml.safe_load(text))
+            # In YAML `>` announces lines of text, and a word has none below it.
+            overrides[key] = text if text.startswith(">") else _floats(yaml.safe_load(text))
         except yaml.YAMLError as error:
             raise ConfigError(f"{key}={text}: the value is not YAML: {error}") from error
     return overrides

@@ -102,6 +102,31 @@ def volume(
 
 
 @app.command()
+def compare(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="BASELINE FOLLOWUP [KEY=VALUE]...", help="two scans, two folders, or one manifest"),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="the table of growth; volumes.csv and run.json go beside it")],
+    masks: Annotated[bool, typer.Option("--masks", help="the scans are masks: only measure them")] = False,
+) -> int:
+    """Say how much a bleed grew between two scans of a patient, and whether that is expansion; or of many patients.
+
+    Two folders are paired by file name; one manifest by its columns patient_id and timepoint.
+
+    Example: ich-pipeline compare monday.nii.gz tuesday.nii.gz --out growth.csv bundle=runs/cascade3d/bundle
+
+    Example: ich-pipeline compare masks/first masks/second --masks --out growth.csv criterion=strict
+
+    Example: ich-pipeline compare cases.csv --masks --out growth.csv 'criterion=>=12.5mL or new IVH' subtypes=true
+    """
+    from ich_pipeline import commands
+
+    scans, settings = split_words(words)
+    return commands.compare(scans, out, commands.Settings.of(settings), masks=masks)
+
+
+@app.command()
 def train(words: Words) -> int:
     """Train a bundle on a manifest; the trained bundle is in OUT/bundle.
 

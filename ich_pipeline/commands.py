@@ -12,8 +12,10 @@ from ich_pipeline import bundles
 from ich_pipeline.bundles import Bundle, Config
 from ich_pipeline.errors import ConfigError
 from ich_pipeline.files import atomic_path, remove_leftovers
+from ich_pipeline.growth import Criterion, Growth, failed_growth, measure_growth, parse_criterion
+from ich_pipeline.pairing import Pair, cases_of, find_pairs
 from ich_pipeline.records import CaseRecord
-from ich_pipeline.report import LESIONS_NAME, CaseRow, read_rows, write_tables
+from ich_pipeline.report import GROWTH_COLUMNS, LESIONS_NAME, CaseRow, read_rows, write_growth, write_tables
 from ich_pipeline.run_report import RunReport, plain
 from ich_pipeline.settings import TRAIN_CONFIGS, Settings
 
@@ -50,12 +52,7 @@ def segment(scans: Sequence[Path], masks: Path, table: Path, settings: Settings)
     """
     bundle = settings.bundle()
     config = settings.config(bundle, "inference")["inference"]
-    inside = [scan for scan in scans if scan.is_dir() and masks.resolve().is_relative_to(scan.resolve())]
-    if inside:
-        raise ConfigError(
-            f"{masks} lies in {inside[0]}, where scans are looked for: its masks would be taken for scans. "
-            "Give an --out elsewhere."
-        )
+    _check_outside(scans, masks)
 
     from ich_pipeline.reading import find_scans
 
@@ -72,8 +69,12 @@ def segment_cases(
     settings: Settings,
     *,
     regions: Path | None = None,
+    report: RunReport | None = None,
 ) -> int:
-    """`segment` for cases that were found already; `regions` is the folder for what a cascade's first stage finds."""
+    """`segment` for cases that were found already.
+
+    `regions` is the folder for what a cascade's first stage finds; `report` one that the caller goes on with.
+    """
     from ich_pipeline.batch import run_batch
     from ich_pipeline.inference import Segmenter
     from ich_pipeline.pipeline import Pipeline
@@ -81,7 +82,7 @@ def segment_cases(
     resolved = {"run": settings.run, "inference": config}
     _check_targets(cases, masks)
     done = [] if settings.run["overwrite"] else _done_before(table, cases, resolved, bundle)
-    report = RunReport(resolved)
+    report = report or RunReport(resolved)
     with report.stage("start"):
         segmenter = Segmenter(bundle, config)
     if settings.run["overwrite"]:
@@ -119,12 +120,7 @@ def measure_masks(masks: Sequence[Path], table: Path, settings: Settings) -> int
     """
     from ich_pipeline.reading import find_scans
 
-    if settings.overrides or settings.run["bundle"]:
-        raise ConfigError("--masks measures masks that exist: it takes no bundle and none of its keys")
-    if table.is_file() and not settings.run["overwrite"] and any(row.bundle for row in read_rows(table)):
-        raise ConfigError(
-            f"{table} holds what a bundle segmented. Give another --out, or overwrite=true to replace it."
-        )
+    _check_measuring(table, settings)
     report = RunReport({"run": settings.run})
     rows = measure_cases(find_scans(masks), report, settings)
     write_tables(table, rows)
@@ -152,6 +148,65 @@ def measure_cases(cases: Sequence[CaseRecord], report: RunReport, settings: Sett
             cases, subtypes=run["subtypes"], edema_value=run["edema"], jobs=run["jobs"], on_case=booked
         )
     return [each.row for each in found]
+
+
+def compare(scans: Sequence[Path], out: Path, settings: Settings, *, masks: bool) -> int:
+    """Growth between two scans of one patient, or of many: segment both or measure their masks, then a row a pair.
+
+    Args:
+        scans: BASELINE and FOLLOWUP, or one manifest with time points.
+        out: `growth.csv`; `volumes.csv`, `lesions.csv`, `run.json` and, without `masks`, `masks/` go beside it.
+        settings: names the criterion, and the bundle without `masks`.
+        masks: the scans are masks.
+
+    Returns:
+        0 when every pair could be compared, else 1.
+
+    Raises:
+        ConfigError: wrong settings, or a file that holds something else would be replaced.
+        ManifestError: nothing to compare, or time points that cannot be used.
+        ReadError: no scans there.
+    """
+    criterion = parse_criterion(str(settings.run["criterion"]))
+    if criterion.new_ivh and not (masks and settings.run["subtypes"]):
+        raise ConfigError(f"criterion={criterion}: new IVH shows in masks with subtypes only: --masks subtypes=true")
+    _check_growth_table(out)
+    table = out.with_name("volumes.csv")
+    if masks:
+        _check_measuring(table, settings)
+        pairs = find_pairs(scans, masks=True)
+        cases = cases_of(pairs)
+        _check_replaced(table, cases, settings)
+        report = RunReport({"run": settings.run})
+        write_tables(table, measure_cases(cases, report, settings))
+    else:
+        bundle = settings.bundle()
+        config = settings.config(bundle, "inference")["inference"]
+        _check_outside(scans, out.parent / "masks")
+        pairs = find_pairs(scans, masks=False)
+        report = RunReport({"run": settings.run, "inference": config})
+        segment_cases(cases_of(pairs), bundle, config, out.parent / "masks", table, settings, report=report)
+    for manifest in (path for path in scans if path.suffix.lower() == ".csv"):
+        report.add_input(manifest)
+    rows = {row.case_id: row for row in read_rows(table)}
+    found = [_growth(pair, rows, criterion) for pair in pairs]
+    write_growth(out, found)
+    for growth in found:
+        print(growth.line())
+        # No case id has a slash, so a pair is never taken for a case.
+        report.add_case(f"pair/{growth.pair_id}", growth.status, error=growth.error or None)
+    status = int(any(growth.status == "failed" for growth in found))
+    report.write(out.parent / "run.json", exit_status=status)
+    return status
+
+
+def _growth(pair: Pair, rows: Mapping[str, CaseRow], criterion: Criterion) -> Growth:
+    if pair.error:
+        return failed_growth(pair, pair.error)
+    before, after = (rows[case.case_id] for case in pair.cases)
+    if before.report is None or after.report is None:
+        return failed_growth(pair, "; ".join(row.error for row in (before, after) if row.error))
+    return measure_growth(pair, before.report, after.report, criterion)
 
 
 def _shown(bar: Any, row: CaseRow) -> None:
@@ -196,6 +251,61 @@ def _decisive(config: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def _is_newer(mask: Path, scan: Path) -> bool:
     return mask.is_file() and (not scan.exists() or mask.stat().st_mtime >= scan.stat().st_mtime)
+
+
+def _check_outside(scans: Sequence[Path], masks: Path) -> None:
+    """Refuse to write masks where scans are looked for.
+
+    Raises:
+        ConfigError: the folder of masks lies in a folder of scans.
+    """
+    inside = [scan for scan in scans if scan.is_dir() and masks.resolve().is_relative_to(scan.resolve())]
+    if inside:
+        raise ConfigError(
+            f"{masks} lies in {inside[0]}, where scans are looked for: its masks would be taken for scans. "
+            "Give an --out elsewhere."
+        )
+
+
+def _check_measuring(table: Path, settings: Settings) -> None:
+    """Refuse what does not go with masks that exist.
+
+    Raises:
+        ConfigError: a bundle or its keys were named, or `table` holds what a bundle segmented.
+    """
+    if settings.overrides or settings.run["bundle"]:
+        raise ConfigError("--masks measures masks that exist: it takes no bundle and none of its keys")
+    if table.is_file() and not settings.run["overwrite"] and any(row.bundle for row in read_rows(table)):
+        raise ConfigError(
+            f"{table} holds what a bundle segmented. Give another --out, or overwrite=true to replace it."
+        )
+
+
+def _check_replaced(table: Path, cases: Sequence[CaseRecord], settings: Settings) -> None:
+    """Refuse to replace a table that the call does not name and that holds other cases.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    known = {case.case_id for case in cases}
+    other = [row.case_id for row in read_rows(table) if row.case_id not in known] if table.is_file() else []
+    if other and not settings.run["overwrite"]:
+        raise ConfigError(
+            f"{table} also holds {other[0]}, which is not compared here ({len(other)} in all). Give an --out in "
+            "another folder, or overwrite=true to replace it."
+        )
+
+
+def _check_growth_table(out: Path) -> None:
+    """Refuse to write growth.csv over another file, or where one goes that is written beside it.
+
+    Raises:
+        ConfigError: `out` has such a name, or is a file with other columns.
+    """
+    if out.name in ("volumes.csv", LESIONS_NAME, "run.json"):
+        raise ConfigError(f"{out}: a file of this name goes beside the table of growth. Give another --out.")
+    if out.is_file() and out.read_bytes().splitlines()[:1] != [",".join(GROWTH_COLUMNS).encode()]:
+        raise ConfigError(f"{out} is no table of growth, and would be replaced. Give another --out.")
 
 
 def _check_targets(cases: Sequence[CaseRecord], masks: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, cast, get_args, get_type_hints
 from ich_pipeline.agreement import LESION_BIN_NAMES, Aggregate, CaseAgreement, Estimate, Summary, VolumeAgreement
 from ich_pipeline.errors import ManifestError, reason
 from ich_pipeline.files import atomic_path, write_csv_rows
+from ich_pipeline.growth import Growth
 from ich_pipeline.labels import Subtype
 from ich_pipeline.records import CaseRecord
 from ich_pipeline.run_report import CaseStatus
@@ -275,6 +276,18 @@ def _agreement_values(row: CaseAgreement) -> dict[str, Any]:
         bins = counts.pop(f"{what}_by_bin")
         values |= {f"lesions_{what}_{name}": n for name, n in zip(LESION_BIN_NAMES, bins, strict=True)}
     return values | {f"lesions_{name}": n for name, n in counts.items()} | {"lesion_f1": row.lesions.f1}
+
+
+GROWTH_COLUMNS = [each.name for each in fields(Growth)]
+
+
+def write_growth(path: Path | str, rows: Sequence[Growth]) -> None:
+    """Write growth.csv, a row a pair; what does not exist is an empty cell.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    write_csv_rows(path, [_cells(row.pair_id, asdict(row)) for row in rows], GROWTH_COLUMNS)
 
 
 def summary_markdown(summary: Summary) -> str:

@@ -94,6 +94,7 @@ def test_description_of_a_bundle(bundle: Bundle) -> None:
         ("k=null", None),
         ("k=", None),
         ("k=a=b", "a=b"),
+        ("k=>=6mL or >33%", ">=6mL or >33%"),  # YAML would want lines below a `>`
         ("k=1e-3x", "1e-3x"),
         ("k=[5, 0.488, 0.488]", [5, 0.488, 0.488]),
     ],

@@ -13,7 +13,7 @@ from heads import bleeding_head, oracle_bundle, save_nifti, write_heads
 from ich_pipeline import __version__, cli
 
 COMMANDS = [
-    *(["segment"], ["volume"], ["train"], ["evaluate"], ["phantom"], ["demo"], ["bundles"]),
+    *(["segment"], ["volume"], ["compare"], ["train"], ["evaluate"], ["phantom"], ["demo"], ["bundles"]),
     ["data", "index"],
 ]
 # What makes a light command slow to start.
@@ -76,6 +76,7 @@ def test_every_command_is_tested_here(call: Call) -> None:
         (["segment", "nowhere.nii.gz", "--out", "m", "bundle=cascade3d"], 2),
         (["segment", ".", "--out", "m", "bundle=cascade3d", "thresold=1"], 2),
         (["evaluate", "bundle=cascad3d"], 2),
+        (["compare", ".", ".", "--out", "g.csv", "criterion=>6"], 2),
         (["segment"], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
