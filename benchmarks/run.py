@@ -28,13 +28,13 @@ import torch
 from monai.bundle import ConfigParser
 
 from ich_pipeline import bundles
-from ich_pipeline.agreement import compare_masks
 from ich_pipeline.bundles import Bundle
 from ich_pipeline.cascade import CascadeInferer
 from ich_pipeline.evaluation import labelled_cases
 from ich_pipeline.files import sha256_of, write_json
 from ich_pipeline.geometry import Grid
 from ich_pipeline.inference import Segmenter
+from ich_pipeline.overlap import compare_masks
 from ich_pipeline.phantom import PhantomSettings, make_case
 from ich_pipeline.pipeline import Pipeline
 from ich_pipeline.reading import read_mask

@@ -153,6 +153,22 @@ def evaluate(words: Words) -> int:
 
 
 @app.command()
+def agreement(
+    table: Annotated[Path, typer.Argument(help="a CSV table, such as volumes.csv or evaluation.csv")],
+    estimate: Annotated[list[str], typer.Option(help="column to judge; may be given again")],
+    out: Annotated[Path, typer.Option("--out", help="folder for agreement.md, agreement.csv and plots")],
+    reference: Annotated[str, typer.Option(help="column to judge it by")] = "volume_ml",
+) -> int:
+    """Say how well two ways of measuring agree: bias, limits, errors, correlations, crossings of 30 mL, by group.
+
+    Example: ich-pipeline agreement volumes.csv --estimate abc2_ml --estimate tada_ml --out agreement
+    """
+    from ich_pipeline import commands
+
+    return commands.agree(table, reference, estimate, out)
+
+
+@app.command()
 def phantom(
     out: Annotated[Path, typer.Argument(help="folder for scans, labels and manifest")],
     cases: Annotated[int, typer.Option(min=1, help="how many")] = 24,

@@ -15,7 +15,15 @@ from ich_pipeline.files import atomic_path, remove_leftovers
 from ich_pipeline.growth import Criterion, Growth, failed_growth, measure_growth, parse_criterion
 from ich_pipeline.pairing import Pair, cases_of, find_pairs
 from ich_pipeline.records import CaseRecord
-from ich_pipeline.report import GROWTH_COLUMNS, LESIONS_NAME, CaseRow, read_rows, write_growth, write_tables
+from ich_pipeline.report import (
+    GROWTH_COLUMNS,
+    LESIONS_NAME,
+    CaseRow,
+    read_rows,
+    write_growth,
+    write_tables,
+    write_text,
+)
 from ich_pipeline.run_report import RunReport, plain
 from ich_pipeline.settings import TRAIN_CONFIGS, Settings
 
@@ -69,11 +77,12 @@ def segment_cases(
     settings: Settings,
     *,
     regions: Path | None = None,
+    probabilities: Path | None = None,
     report: RunReport | None = None,
 ) -> int:
     """`segment` for cases that were found already.
 
-    `regions` is the folder for what a cascade's first stage finds; `report` one that the caller goes on with.
+    `Pipeline` says what the further folders hold; `report` is one that the caller goes on with.
     """
     from ich_pipeline.batch import run_batch
     from ich_pipeline.inference import Segmenter
@@ -86,12 +95,12 @@ def segment_cases(
     with report.stage("start"):
         segmenter = Segmenter(bundle, config)
     if settings.run["overwrite"]:
-        _clear(cases, [masks, *([regions] if regions else [])], table)
+        _clear(cases, [folder for folder in (masks, regions, probabilities) if folder], table)
     report.bundle = {"name": bundle.name, "version": bundle.metadata["version"], "sha256": segmenter.weights_sha256}
     pictures = table.parent / "pictures" if settings.run["pictures"] else None
-    for folder in filter(None, (table.parent, masks, pictures, regions)):
+    for folder in filter(None, (table.parent, masks, pictures, regions, probabilities)):
         remove_leftovers(folder)
-    pipeline = Pipeline(segmenter, masks, pictures, report, regions)
+    pipeline = Pipeline(segmenter, masks, pictures, report, regions, probabilities)
     report.write(table.parent / "run.json")
     try:
         with tqdm(total=len(cases), initial=len(done), desc="scans", unit="scan", file=sys.stderr) as bar:
@@ -207,6 +216,23 @@ def _growth(pair: Pair, rows: Mapping[str, CaseRow], criterion: Criterion) -> Gr
     if before.report is None or after.report is None:
         return failed_growth(pair, "; ".join(row.error for row in (before, after) if row.error))
     return measure_growth(pair, before.report, after.report, criterion)
+
+
+def agree(table: Path, reference: str, estimates: Sequence[str], out: Path) -> int:
+    """Agreement of columns of a table, over all rows and by group: Markdown on stdout and in OUT, CSV, plots.
+
+    Raises:
+        ManifestError: no such table or column, or a cell that is no number.
+    """
+    from ich_pipeline.cohort import read_cohort, write_cohort
+
+    report = RunReport({"table": str(table), "reference": reference, "estimates": list(estimates)})
+    report.add_input(table)
+    text = write_cohort(read_cohort(table, reference, estimates), out)
+    write_text(out / "agreement.md", text)
+    report.write(out / "run.json", exit_status=0)
+    print(text)
+    return 0
 
 
 def _shown(bar: Any, row: CaseRow) -> None:
@@ -420,9 +446,18 @@ def evaluate(settings: Settings) -> int:
     manifest, split = configs["evaluate"]["data"], settings.run["split"]
     cases = labelled_cases(manifest, split)
     out = Path(settings.run["out"] or Path("evaluation") / bundle.name)
-    table, regions = out / "volumes.csv", out / "regions"
-    status = segment_cases(cases, bundle, configs["inference"], out / "masks", table, settings, regions=regions)
-    evaluation = compare(cases, table, regions)
+    table, regions, probabilities = out / "volumes.csv", out / "regions", out / "probabilities"
+    status = segment_cases(
+        cases,
+        bundle,
+        configs["inference"],
+        out / "masks",
+        table,
+        settings,
+        regions=regions,
+        probabilities=probabilities,
+    )
+    evaluation = compare(cases, table, regions=regions, probabilities=probabilities, subtypes=settings.run["subtypes"])
     summary = write_evaluation(evaluation, out)
     print(summary)
     if settings.run["tracking"] is not False:

@@ -2,25 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-from ich_pipeline.agreement import (
-    Aggregate,
-    CaseAgreement,
-    Summary,
-    VolumeAgreement,
-    compare_masks,
-    summarise,
-    volume_agreement,
-)
+import numpy as np
+from numpy.typing import NDArray
+
+from ich_pipeline.agreement import VolumeAgreement
+from ich_pipeline.cohort import ALL, Cohort, lesion_group, subtype_group, volume_group, write_cohort
 from ich_pipeline.errors import ConfigError, ManifestError
 from ich_pipeline.manifest import read_manifest
-from ich_pipeline.pictures import bland_altman_plot, montage, volume_scatter, write_png
+from ich_pipeline.overlap import Aggregate, CaseAgreement, Summary, compare_masks, summarise
+from ich_pipeline.pictures import montage, precision_recall_plot, write_png
+from ich_pipeline.precision_recall import PrecisionRecall, precision_recall, score_histogram
 from ich_pipeline.reading import read_mask, read_scan
-from ich_pipeline.records import CaseRecord
+from ich_pipeline.records import CaseRecord, NativeMask
 from ich_pipeline.report import (
     aggregates_markdown,
-    agreement_markdown,
+    interval,
     read_rows,
     summary_markdown,
     write_agreement,
@@ -61,7 +60,8 @@ class Evaluation:
         rows: a case each, in the order of the manifest; failed cases are not among them.
         references: measurement of each row's label.
         summary: aggregates over rows, with the number of failed cases.
-        volumes: agreement with the label's voxel volume over the bleeding cases, by way of measuring.
+        cohort: volumes of the bleeding cases, in the three ways of measuring them; None without such cases.
+        curve: precision and recall of the voxels over all cases; None where no probabilities were kept.
         coarse_recall: share of the label's lesions that a cascade's first stage touches, all and by size; empty
             where there is no such stage.
     """
@@ -69,8 +69,14 @@ class Evaluation:
     rows: list[CaseAgreement]
     references: list[VolumeReport]
     summary: Summary
-    volumes: dict[str, VolumeAgreement]
+    cohort: Cohort | None = None
+    curve: PrecisionRecall | None = None
     coarse_recall: tuple[Aggregate, ...] = ()
+
+    @cached_property
+    def volumes(self) -> dict[str, VolumeAgreement]:
+        """Agreement with the label's voxel volume over the bleeding cases, by way of measuring."""
+        return self.cohort.agreements()[ALL] if self.cohort else {}
 
     def metrics(self) -> dict[str, float]:
         """Numbers for tracking, named as in the tables."""
@@ -84,6 +90,7 @@ class Evaluation:
             "volume/model_mae_ml": errors.get(MODEL),
             "volume/tada_mae_ml": errors.get(TADA),
             "volume/abc2_mae_ml": errors.get(ABC2),
+            "voxels/average_precision": self.curve.average_precision.value if self.curve else None,
         }
         return {name: float(value) for name, value in {**numbers, **maes}.items() if value is not None}
 
@@ -93,13 +100,22 @@ class Evaluation:
         return list(dict.fromkeys(ranked[:each] + ranked[-each:]))
 
 
-def compare(cases: Sequence[CaseRecord], table: Path, regions: Path | None = None) -> Evaluation:
+def compare(
+    cases: Sequence[CaseRecord],
+    table: Path,
+    *,
+    regions: Path | None = None,
+    probabilities: Path | None = None,
+    subtypes: bool = False,
+) -> Evaluation:
     """Score the masks of a batch against the labels of its cases.
 
     Args:
         cases: with labels.
         table: `volumes.csv` of the batch; a case that failed there is counted, not scored.
         regions: folder of what a cascade's first stage found in these cases, if the bundle has one.
+        probabilities: folder of the voxels' probabilities, 0 to 255, if they were kept.
+        subtypes: the labels hold the values of `labels.py`; volumes are grouped by subtype as well.
 
     Raises:
         GeometryError: a mask and its label are on different grids.
@@ -109,29 +125,60 @@ def compare(cases: Sequence[CaseRecord], table: Path, regions: Path | None = Non
     missing = [case.case_id for case in cases if case.case_id not in by_id]
     if missing:
         raise ManifestError(f"{table}: no row for {missing[0]} ({len(missing)} cases in all). Run the batch again.")
-    rows, references, coarse, failed = [], [], [], 0
+    rows, references, coarse, histograms, failed = [], [], [], [], 0
     for case in cases:
         mask_file = by_id[case.case_id].mask
         if by_id[case.case_id].status != "ok" or mask_file is None or case.label is None:
             failed += 1
             continue
         (pred, _), (label, _) = read_mask(mask_file, case.case_id), read_mask(case.label, case.case_id)
-        rows.append(compare_masks(case.case_id, pred, label, patient_id=case.patient_id))
-        references.append(measure(case.case_id, label))
-        if regions and (file := regions / mask_file.name).is_file():
-            region, _ = read_mask(file, case.case_id)
-            coarse.append(compare_masks(case.case_id, region, label, patient_id=case.patient_id))
-    summary = summarise(rows, n_failed=failed)
-    bleeding = [(row, reference) for row, reference in zip(rows, references, strict=True) if row.positive]
-    truth = [row.label_ml for row, _ in bleeding]
-    patients = [row.patient_id for row, _ in bleeding]
-    estimates = {
-        MODEL: [row.pred_ml for row, _ in bleeding],
-        TADA: [reference.tada_ml for _, reference in bleeding],
-        ABC2: [reference.abc2_ml for _, reference in bleeding],
+        probability = _kept(probabilities, mask_file, case.case_id)
+        if probability is not None:
+            histograms.append(score_histogram(probability, label.values))
+        rows.append(compare_masks(case.case_id, pred, label, patient_id=case.patient_id, probability=probability))
+        references.append(measure(case.case_id, label, subtypes=subtypes))
+        region = _kept(regions, mask_file, case.case_id)
+        if region is not None:
+            coarse.append(
+                compare_masks(case.case_id, NativeMask(region, label.grid), label, patient_id=case.patient_id)
+            )
+    curve = None
+    if histograms and len(histograms) == len(rows):
+        voxel_ml = [reference.voxel_volume_mm3 / 1000 for reference in references]
+        curve = precision_recall(histograms, voxel_ml, [row.patient_id for row in rows])
+    return Evaluation(
+        rows,
+        references,
+        summarise(rows, n_failed=failed),
+        _bleeding(rows, references),
+        curve,
+        _coarse_recall(coarse) if coarse else (),
+    )
+
+
+def _kept(folder: Path | None, mask_file: Path, case_id: str) -> NDArray[np.uint8] | None:
+    """What was kept of a case beside its mask, on the mask's grid."""
+    if folder is None or not (folder / mask_file.name).is_file():
+        return None
+    return np.asarray(read_mask(folder / mask_file.name, case_id)[0].values)
+
+
+def _bleeding(rows: Sequence[CaseAgreement], references: Sequence[VolumeReport]) -> Cohort | None:
+    held = [(row, reference) for row, reference in zip(rows, references, strict=True) if row.positive]
+    if not held:
+        return None
+    groups = {
+        "volume": [volume_group(row.label_ml) for row, _ in held],
+        "lesions": [lesion_group(reference.n_lesions) for _, reference in held],
+        "subtype": [subtype_group(reference.subtype_ml) for _, reference in held],
     }
-    volumes = {name: volume_agreement(truth, column, patients) for name, column in estimates.items()} if truth else {}
-    return Evaluation(rows, references, summary, volumes, _coarse_recall(coarse) if coarse else ())
+    estimates = {
+        MODEL: [row.pred_ml for row, _ in held],
+        TADA: [reference.tada_ml for _, reference in held],
+        ABC2: [reference.abc2_ml for _, reference in held],
+    }
+    patients = [row.patient_id for row, _ in held]
+    return Cohort("voxels of the reference mask", [row.label_ml for row, _ in held], estimates, patients, groups)
 
 
 def _coarse_recall(rows: Sequence[CaseAgreement]) -> tuple[Aggregate, ...]:
@@ -141,7 +188,7 @@ def _coarse_recall(rows: Sequence[CaseAgreement]) -> tuple[Aggregate, ...]:
 
 
 def write_evaluation(evaluation: Evaluation, out: Path) -> str:
-    """Write `evaluation.csv`, `evaluation.md` and the plots.
+    """Write `evaluation.csv`, `evaluation.md`, `agreement.csv` and the plots.
 
     Returns:
         The Markdown summary.
@@ -151,14 +198,12 @@ def write_evaluation(evaluation: Evaluation, out: Path) -> str:
     if evaluation.coarse_recall:
         text += "\nLesions of the label that the first stage touches: a cascade's second stage looks nowhere else.\n\n"
         text += aggregates_markdown(evaluation.coarse_recall)
-    if evaluation.volumes:
-        text += "\nVolumes of the bleeding cases against the voxel volume of the reference mask.\n\n"
-        text += agreement_markdown(evaluation.volumes)
-        pairs = [(row.label_ml, row.pred_ml) for row in evaluation.rows if row.positive]
-        truth, pred = [a for a, _ in pairs], [b for _, b in pairs]
-        names = {"reference_name": "reference mask", "estimate_name": "predicted mask"}
-        write_png(out / "bland_altman.png", bland_altman_plot(truth, pred, evaluation.volumes[MODEL], **names))
-        write_png(out / "scatter.png", volume_scatter(truth, pred, evaluation.volumes[MODEL], **names))
+    if evaluation.curve:
+        ap = evaluation.curve.average_precision
+        text += f"\nAverage precision of the voxels of all {evaluation.curve.n} cases together: {interval(ap)}.\n"
+        write_png(out / "precision_recall.png", precision_recall_plot(evaluation.curve))
+    if evaluation.cohort:
+        text += "\nVolumes of the bleeding cases. " + write_cohort(evaluation.cohort, out, plots={MODEL: ""})
     write_text(out / "evaluation.md", text)
     return text
 

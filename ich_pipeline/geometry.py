@@ -63,6 +63,15 @@ class Grid:
         return int(np.argmax(np.abs(normals[:, 2]) / np.linalg.norm(normals, axis=1)))
 
     @cached_property
+    def plane_axes(self) -> tuple[int, int]:
+        """Array axes in the slice: the one nearest anterior-posterior (rows of a picture), then the other (columns)."""
+        one, other = sorted({0, 1, 2} - {self.slice_axis})
+        steps = np.abs(self.affine[:3, :3] / self.edge_mm)
+        if steps[1, one] * steps[0, other] < steps[1, other] * steps[0, one]:
+            return other, one
+        return one, other
+
+    @cached_property
     def slice_spacing_mm(self) -> float:
         """Distance between slice planes along their normal."""
         return float(1.0 / np.linalg.norm(np.linalg.inv(self.affine[:3, :3])[self.slice_axis]))

@@ -17,6 +17,7 @@ from ich_pipeline.abc2 import Box, SegmentMm, caliper_lines_mm, lesion_box
 from ich_pipeline.agreement import VolumeAgreement
 from ich_pipeline.files import atomic_path
 from ich_pipeline.geometry import Grid
+from ich_pipeline.precision_recall import PrecisionRecall
 from ich_pipeline.records import NativeMask
 from ich_pipeline.volumetry import VolumeReport
 
@@ -145,11 +146,8 @@ class _View:
 
 def _axial_view(image_hu: NDArray[Any], grid: Grid, tile_px: int) -> _View:
     across = grid.slice_axis
-    one, other = sorted({0, 1, 2} - {across})
-    steps = grid.affine[:3, :3] / grid.edge_mm
-    if abs(steps[1, one] * steps[0, other]) < abs(steps[1, other] * steps[0, one]):
-        one, other = other, one
-    rows, columns = one, other
+    rows, columns = grid.plane_axes
+    steps = grid.affine[:3, :3]
     flips = (bool(steps[2, across] < 0), bool(steps[1, rows] > 0), bool(steps[0, columns] > 0))
     head = _head_box(image_hu)
     crop = (head[rows], head[columns])
@@ -357,6 +355,21 @@ def volume_scatter(
         (0.03, 0.97),
         xycoords="axes fraction",
         va="top",
+    )
+    return figure
+
+
+def precision_recall_plot(curve: PrecisionRecall) -> "Figure":
+    """Precision against recall of a cohort's voxels, with the average precision and its interval."""
+    figure, axes = _figure()
+    axes.plot(curve.recall, curve.precision, color="#2f6db5", linewidth=1.5, drawstyle="steps-pre")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall of labelled volume", ylabel="precision of predicted volume")
+    axes.set_aspect("equal")
+    ap = curve.average_precision
+    bounds = "" if ap.low is None else f" [{ap.low:.3f}, {ap.high:.3f}]"
+    axes.set_title(
+        f"{curve.n} scans, voxels pooled" + ("" if ap.value is None else f": average precision {ap.value:.3f}{bounds}"),
+        loc="left",
     )
     return figure
 

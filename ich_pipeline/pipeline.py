@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from ich_pipeline.inference import Loaded, Prediction, Segmenter
 from ich_pipeline.pictures import montage, write_png
 from ich_pipeline.records import CaseRecord
@@ -22,6 +24,7 @@ class Pipeline:
         pictures: folder of `<case_id>.png`, or None for no pictures.
         report: takes seconds and memory of every stage.
         regions: folder of what a cascade's first stage found, `<case_id>.nii.gz`; None where nobody asks for it.
+        probabilities: folder of the probabilities, `<case_id>.nii.gz`, 0 to 255; None where nobody asks for them.
     """
 
     segmenter: Segmenter
@@ -29,6 +32,7 @@ class Pipeline:
     pictures: Path | None
     report: RunReport
     regions: Path | None = None
+    probabilities: Path | None = None
 
     def run(self, case: CaseRecord) -> CaseRow:
         """One case from its file to its row; `batch.py` overlaps the three steps of different cases."""
@@ -58,6 +62,9 @@ class Pipeline:
             write_mask(mask_file, mask.values, scan.grid, scan.forms)
             if self.regions and prediction.regions:
                 write_mask(self.regions / mask_file.name, prediction.regions.values, scan.grid, scan.forms)
+            if self.probabilities:
+                eight_bits = np.rint(prediction.probability * 255).astype(np.uint8)
+                write_mask(self.probabilities / mask_file.name, eight_bits, scan.grid, scan.forms)
         if self.pictures:
             with stage("picture"):
                 picture = montage(scan.image_hu, mask, case_id=scan.case_id, report=volumes)

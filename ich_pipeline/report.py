@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
-from ich_pipeline.agreement import LESION_BIN_NAMES, Aggregate, CaseAgreement, Estimate, Summary, VolumeAgreement
+from ich_pipeline.agreement import VolumeAgreement
+from ich_pipeline.bootstrap import Estimate
 from ich_pipeline.errors import ManifestError, reason
 from ich_pipeline.files import atomic_path, write_csv_rows
 from ich_pipeline.growth import Growth
 from ich_pipeline.labels import Subtype
+from ich_pipeline.overlap import LESION_BIN_NAMES, Aggregate, CaseAgreement, Summary
 from ich_pipeline.records import CaseRecord
 from ich_pipeline.run_report import CaseStatus
 from ich_pipeline.volumetry import LesionReport, SubtypeMl, VolumeReport
@@ -263,14 +265,16 @@ def write_agreement(path: Path | str, rows: Sequence[CaseAgreement]) -> None:
 
 
 AGREEMENT_COLUMNS = [
-    *(each.name for each in fields(CaseAgreement) if each.name != "lesions"),
+    *(each.name for each in fields(CaseAgreement) if each.name not in ("lesions", "slices")),
+    *("slices_labelled", "slices_hit"),
     *("lesions_labelled", "lesions_found", "lesions_predicted", "lesions_false", "lesion_f1"),
     *(f"lesions_{what}_{name}" for what in ("labelled", "found") for name in LESION_BIN_NAMES),
 ]
 
 
 def _agreement_values(row: CaseAgreement) -> dict[str, Any]:
-    values = {name: getattr(row, name) for name in AGREEMENT_COLUMNS if not name.startswith("lesion")}
+    values = {name: getattr(row, name) for name in AGREEMENT_COLUMNS if not name.startswith(("lesion", "slices"))}
+    values |= {"slices_labelled": sum(row.slices.labelled), "slices_hit": sum(row.slices.hit)}
     counts = asdict(row.lesions)
     for what in ("labelled", "found"):
         bins = counts.pop(f"{what}_by_bin")
@@ -309,7 +313,7 @@ def aggregates_markdown(aggregates: Iterable[Aggregate]) -> str:
         "|---|---|--:|--:|--:|--:|",
     ]
     lines += [
-        f"| {each.name} | {each.group} | {each.n} | {each.missed} | {_interval(each.mean)} | {_interval(each.median)} |"
+        f"| {each.name} | {each.group} | {each.n} | {each.missed} | {interval(each.mean)} | {interval(each.median)} |"
         for each in aggregates
     ]
     return "\n".join(lines) + "\n"
@@ -322,7 +326,7 @@ def agreement_markdown(agreements: Mapping[str, VolumeAgreement]) -> str:
         "pairs (patients)": [f"{each.n} ({each.n_patients})" for each in columns],
         "without a number": [str(each.missing) for each in columns],
         "reference 0, no relative error": [str(each.zero_reference) for each in columns],
-        **{name: [_interval(each.statistics[name]) for each in columns] for name in columns[0].statistics},
+        **{name: [interval(each.statistics[name]) for each in columns] for name in columns[0].statistics},
         "only estimate above threshold": [f"{e.only_estimate_above} (> {e.threshold_ml:g} mL)" for e in columns],
         "only reference above threshold": [f"{e.only_reference_above} (> {e.threshold_ml:g} mL)" for e in columns],
     }
@@ -337,7 +341,8 @@ def write_text(path: Path | str, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _interval(estimate: Estimate | None) -> str:
+def interval(estimate: Estimate | None) -> str:
+    """A number with its interval in brackets, `-` where there is none."""
     if estimate is None or estimate.value is None:
         return "-"
     if estimate.low is None:

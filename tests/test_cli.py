@@ -13,7 +13,7 @@ from heads import bleeding_head, oracle_bundle, save_nifti, write_heads
 from ich_pipeline import __version__, cli
 
 COMMANDS = [
-    *(["segment"], ["volume"], ["compare"], ["train"], ["evaluate"], ["phantom"], ["demo"], ["bundles"]),
+    *(["segment"], ["volume"], ["agreement"], ["compare"], ["train"], ["evaluate"], ["phantom"], ["demo"], ["bundles"]),
     ["data", "index"],
 ]
 # What makes a light command slow to start.

@@ -57,13 +57,13 @@ def test_a_region_that_misses_its_lesion_lowers_coarse_recall_only(manifest, eva
         mask, forms = read_mask(evaluated / "regions" / f"{case.case_id}.nii.gz")
         values = np.zeros_like(mask.values) if case.case_id == "head1" else mask.values
         write_mask(tmp_path / f"{case.case_id}.nii.gz", values, mask.grid, forms)
-    metrics = compare(cases, evaluated / "volumes.csv", tmp_path).metrics()
+    metrics = compare(cases, evaluated / "volumes.csv", regions=tmp_path).metrics()
     assert metrics["positive/coarse_lesion_recall"] == 0.75
     assert metrics["positive/lesion_recall"] == 1
 
 
 def test_no_first_stage_no_coarse_recall(manifest, evaluated, tmp_path):
-    evaluation = compare(labelled_cases(manifest, "test"), evaluated / "volumes.csv", tmp_path / "nothing")
+    evaluation = compare(labelled_cases(manifest, "test"), evaluated / "volumes.csv", regions=tmp_path / "nothing")
     assert evaluation.coarse_recall == ()
     assert "first stage" not in write_evaluation(evaluation, tmp_path)
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from shapes import ellipsoid, empty, make_grid
 
-from ich_pipeline.agreement import compare_masks, summarise, volume_agreement
+from ich_pipeline.agreement import volume_agreement
 from ich_pipeline.errors import ManifestError
 from ich_pipeline.labels import Subtype
+from ich_pipeline.overlap import compare_masks, summarise
 from ich_pipeline.records import NativeMask
 from ich_pipeline.report import (
     VOLUME_COLUMNS,

@@ -1,0 +1,373 @@
+"""How well a mask agrees with its label: scores of a case, and their aggregates over cases.
+
+Every score is stated for the empty cases as well (docs/measurement.md), so that no case drops out of a mean unseen.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ich_pipeline.abc2 import Box, lesion_box
+from ich_pipeline.bootstrap import REPLICATES, Estimate, Floats, Resampler, ratio, weighted_median
+from ich_pipeline.geometry import Grid, require_same_grid
+from ich_pipeline.precision_recall import average_precision, score_histogram
+from ich_pipeline.records import NativeMask
+
+Bools = NDArray[np.bool_]
+
+# Lower edges, in mL, of the bins that lesion recall is reported in; a lesion of 5 mL counts in the bin from 5.
+LESION_BINS_ML = (0.0, 1.0, 5.0, 30.0)
+LESION_BIN_NAMES = ("under_1ml", "1_to_5ml", "5_to_30ml", "from_30ml")
+# Heights of a region in pixels of a 512-pixel slice: below the first small, above the second large (Chang et al., JBHI
+# 2023, section IV-A, d, UH data set).
+SLICE_HEIGHTS_PX = (64, 128)
+SLICE_GROUP_NAMES = ("small", "medium", "large")
+# Beyond this a boundary is wrong: about half a thick slice, four pixels.
+NSD_TOLERANCE_MM = 2.0
+
+
+@dataclass(frozen=True)
+class LesionCounts:
+    """26-connected lesions of one case; a lesion is found when the other mask shares one voxel with it.
+
+    `labelled_by_bin` and `found_by_bin` count the label's lesions by volume, in the order of LESION_BINS_ML.
+    """
+
+    labelled: int
+    found: int
+    predicted: int
+    false: int
+    labelled_by_bin: tuple[int, ...]
+    found_by_bin: tuple[int, ...]
+
+    @property
+    def f1(self) -> float:
+        """2 TP / (2 TP + FP + FN) with TP the found lesions of the label; 1 when neither mask has a lesion."""
+        return _share(2 * self.found, self.found + self.labelled + self.false)
+
+
+@dataclass(frozen=True)
+class SliceCounts:
+    """Axial slices of one case with blood in the label, by height of the tallest region (SLICE_HEIGHTS_PX).
+
+    Attributes:
+        labelled: slices in each group.
+        hit: of these, slices where the prediction shares a voxel with the label (location accuracy: Li et al., JBHI
+            2021, section III-B, 2).
+        dice: sum of the slices' Dice in each group.
+    """
+
+    labelled: tuple[int, ...]
+    hit: tuple[int, ...]
+    dice: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CaseAgreement:
+    """A prediction against its label, one row of the per-case table.
+
+    Attributes:
+        error_ml: predicted less labelled volume; `relative_error` is its share of the label, None without blood, and
+            `rvd` that without its sign, the relative volume difference of INSTANCE 2022.
+        dice, iou, precision, recall: 1 when both masks are empty, 0 when one is.
+        hd95_mm, hausdorff_mm: None when either mask is empty; then `missed` or `false_alarm_ml` says what happened.
+        nsd: share of boundary within the tolerance; 1 when both masks are empty, 0 when one is.
+        missed: the label has blood and the prediction shares no voxel with it. None without blood.
+        false_alarm_ml: predicted volume on a scan without blood. None with blood.
+        average_precision: of the voxels' probabilities, None without blood or without probabilities.
+    """
+
+    case_id: str
+    patient_id: str
+    label_ml: float
+    pred_ml: float
+    error_ml: float
+    relative_error: float | None
+    rvd: float | None
+    dice: float
+    iou: float
+    precision: float
+    recall: float
+    hd95_mm: float | None
+    hausdorff_mm: float | None
+    nsd: float
+    missed: bool | None
+    false_alarm_ml: float | None
+    average_precision: float | None
+    lesions: LesionCounts
+    slices: SliceCounts
+
+    @property
+    def positive(self) -> bool:
+        """Whether the label holds blood."""
+        return self.missed is not None
+
+
+def compare_masks(
+    case_id: str,
+    pred: NativeMask,
+    label: NativeMask,
+    *,
+    patient_id: str = "",
+    nsd_tolerance_mm: float = NSD_TOLERANCE_MM,
+    probability: NDArray[np.uint8] | None = None,
+) -> CaseAgreement:
+    """Score a predicted mask against its label on the native grid.
+
+    Args:
+        patient_id: what the bootstrap resamples; the case itself where it is empty.
+        probability: (I, J, K) on the same grid, 0 to 255.
+
+    Raises:
+        GeometryError: the two masks are on different grids.
+    """
+    require_same_grid(case_id, "prediction", pred.grid, label.grid)
+    grid = label.grid
+    pred_box, label_box = _crop_both(pred.values, label.values)
+    n_pred, n_label = int(np.count_nonzero(pred_box)), int(np.count_nonzero(label_box))
+    n_both = int(np.count_nonzero(pred_box & label_box))
+    to_ml = grid.voxel_volume_mm3 / 1000
+    surface = _surface_scores(pred_box, label_box, grid, nsd_tolerance_mm)
+    held = None if probability is None or not n_label else score_histogram(probability, label.values)
+    return CaseAgreement(
+        case_id=case_id,
+        patient_id=patient_id or case_id,
+        label_ml=n_label * to_ml,
+        pred_ml=n_pred * to_ml,
+        error_ml=(n_pred - n_label) * to_ml,
+        relative_error=(n_pred - n_label) / n_label if n_label else None,
+        rvd=abs(n_pred - n_label) / n_label if n_label else None,
+        dice=_share(2 * n_both, n_pred + n_label),
+        iou=_share(n_both, n_pred + n_label - n_both),
+        # An empty side against blood on the other scores 0, not the undefined 0/0.
+        precision=_share(n_both, n_pred if n_pred else n_label),
+        recall=_share(n_both, n_label if n_label else n_pred),
+        hd95_mm=surface.hd95_mm,
+        hausdorff_mm=surface.hausdorff_mm,
+        nsd=surface.nsd,
+        missed=n_both == 0 if n_label else None,
+        false_alarm_ml=None if n_label else n_pred * to_ml,
+        average_precision=None if held is None else average_precision(held),
+        lesions=_count_lesions(pred_box, label_box, grid),
+        slices=_count_slices(pred_box, label_box, grid),
+    )
+
+
+def _crop_both(pred: NDArray[np.generic], label: NDArray[np.generic]) -> tuple[Bools, Bools]:
+    """Both masks as bool in the smallest box that holds both; empty arrays when both are empty."""
+    boxes = [box for box in (lesion_box(pred), lesion_box(label)) if box]
+    sides = [slice(min(s.start for s in side), max(s.stop for s in side)) for side in zip(*boxes, strict=True)]
+    union: Box = (sides[0], sides[1], sides[2]) if boxes else (slice(0), slice(0), slice(0))
+    return pred[union] != 0, label[union] != 0
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 1.0
+
+
+@dataclass(frozen=True)
+class _Surface:
+    hd95_mm: float | None
+    hausdorff_mm: float | None
+    nsd: float
+
+
+def _surface_scores(pred: Bools, label: Bools, grid: Grid, tolerance_mm: float) -> _Surface:
+    """HD95 (the larger of the two directed 95th percentiles), Hausdorff distance and NSD between boundary voxels.
+
+    Distances are between voxel centres in patient space: a distance transform with one spacing per axis is wrong as
+    soon as a gantry tilt shears the grid.
+    """
+    if not pred.any() or not label.any():
+        return _Surface(None, None, float(pred.any() == label.any()))
+    from scipy.spatial import cKDTree
+
+    pred_mm, label_mm = _boundary_mm(pred, grid), _boundary_mm(label, grid)
+    to_label_mm, _ = cKDTree(label_mm).query(pred_mm)
+    to_pred_mm, _ = cKDTree(pred_mm).query(label_mm)
+    hd95_mm, hausdorff_mm = (max(float(np.percentile(d, q)) for d in (to_label_mm, to_pred_mm)) for q in (95, 100))
+    within = np.count_nonzero(to_label_mm <= tolerance_mm) + np.count_nonzero(to_pred_mm <= tolerance_mm)
+    return _Surface(hd95_mm, hausdorff_mm, within / (len(pred_mm) + len(label_mm)))
+
+
+def _boundary_mm(mask: Bools, grid: Grid) -> Floats:
+    """(n, 3) centres of the voxels with a face on the outside, in mm from the box's first voxel."""
+    from scipy.ndimage import binary_erosion
+
+    return np.argwhere(mask & ~binary_erosion(mask)) @ grid.affine[:3, :3].T
+
+
+def _count_lesions(pred: Bools, label: Bools, grid: Grid) -> LesionCounts:
+    """Which 26-connected lesions the two masks share."""
+    import cc3d
+
+    label_ids, n_label = cc3d.connected_components(label, connectivity=26, return_N=True)
+    pred_ids, n_pred = cc3d.connected_components(pred, connectivity=26, return_N=True)
+    both = pred & label
+    found = np.zeros(n_label + 1, bool)
+    found[label_ids[both]] = True
+    true = np.unique(pred_ids[both]).size
+    volume_ml = np.bincount(label_ids.ravel(), minlength=n_label + 1)[1:] * (grid.voxel_volume_mm3 / 1000)
+    bins = np.digitize(volume_ml, LESION_BINS_ML) - 1
+    counts = [np.bincount(b, minlength=len(LESION_BINS_ML)).tolist() for b in (bins, bins[found[1:]])]
+    return LesionCounts(
+        labelled=n_label,
+        found=int(found.sum()),
+        predicted=n_pred,
+        false=n_pred - true,
+        labelled_by_bin=tuple(counts[0]),
+        found_by_bin=tuple(counts[1]),
+    )
+
+
+def _count_slices(pred: Bools, label: Bools, grid: Grid) -> SliceCounts:
+    """Slices with blood in the label: where a slice-wise reader would look."""
+    rows, columns = grid.plane_axes
+    order = (grid.slice_axis, rows, columns)
+    to_512 = 512 / grid.shape[rows]
+    labelled, hit, dice = [0, 0, 0], [0, 0, 0], [0.0, 0.0, 0.0]
+    for found, true in zip(pred.transpose(order), label.transpose(order), strict=True):
+        if not true.any():
+            continue
+        height_px = _tallest(true) * to_512
+        group = int(height_px >= SLICE_HEIGHTS_PX[0]) + int(height_px > SLICE_HEIGHTS_PX[1])
+        both = int(np.count_nonzero(found & true))
+        labelled[group] += 1
+        hit[group] += both > 0
+        dice[group] += 2 * both / int(np.count_nonzero(found) + np.count_nonzero(true))
+    return SliceCounts(tuple(labelled), tuple(hit), tuple(dice))
+
+
+def _tallest(plane: Bools) -> int:
+    """Rows of the tallest 8-connected region."""
+    # Not cc3d: its boxes of a 2D array that is not square are wrong (4.1.1, seen in the tests of this function).
+    from scipy import ndimage
+
+    regions, _ = ndimage.label(plane, np.ones((3, 3)))
+    return max(box[0].stop - box[0].start for box in ndimage.find_objects(regions))
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """One score over a group of cases, with 95 % bootstrap intervals over patients.
+
+    Attributes:
+        group: `positive` (scans with blood) or `negative` (scans without).
+        n: what the number rests on: cases, or lesions for a share of lesions.
+        missed: of a mean, positives of which no voxel was found or negatives with a false alarm; of a share, what
+            was missed: n less the hits.
+        mean: of the cases; for a share, the share.
+        median: of the cases; None for a share.
+    """
+
+    name: str
+    group: str
+    n: int
+    missed: int
+    mean: Estimate
+    median: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Positives and negatives of an evaluation, never mixed.
+
+    `n_failed` cases have no prediction to score; they are in no aggregate and the tables say so.
+    """
+
+    n_cases: int
+    n_patients: int
+    n_positive: int
+    n_negative: int
+    n_failed: int
+    aggregates: tuple[Aggregate, ...]
+
+    def __getitem__(self, name: str) -> Aggregate:
+        return next(each for each in self.aggregates if each.name == name)
+
+
+def summarise(
+    rows: Sequence[CaseAgreement], *, n_failed: int = 0, replicates: int = REPLICATES, seed: int = 0
+) -> Summary:
+    """Aggregate per-case scores, positives and negatives apart.
+
+    A missed bleed has no HD95 and is not in its mean; it is in `missed` on the same line, and as 0 in the mean Dice.
+
+    Args:
+        n_failed: cases that ended without a prediction.
+    """
+    positives = _Group("positive", [row for row in rows if row.positive], replicates, seed)
+    negatives = _Group("negative", [row for row in rows if not row.positive], replicates, seed)
+    aggregates = [
+        positives.mean("dice", lambda row: row.dice),
+        positives.mean("iou", lambda row: row.iou),
+        positives.mean("precision", lambda row: row.precision),
+        positives.mean("recall", lambda row: row.recall),
+        positives.mean("nsd", lambda row: row.nsd),
+        positives.mean("hd95_mm", lambda row: row.hd95_mm),
+        positives.mean("hausdorff_mm", lambda row: row.hausdorff_mm),
+        positives.mean("error_ml", lambda row: row.error_ml),
+        positives.mean("abs_error_ml", lambda row: abs(row.error_ml)),
+        positives.mean("relative_error", lambda row: row.relative_error),
+        positives.mean("rvd", lambda row: row.rvd),
+        positives.mean("average_precision", lambda row: row.average_precision),
+        positives.share("location_accuracy", lambda row: (sum(row.slices.hit), sum(row.slices.labelled))),
+        *(positives.slice_dice(g, name) for g, name in enumerate(SLICE_GROUP_NAMES)),
+        positives.share("sensitivity", lambda row: (int(not row.missed), 1)),
+        negatives.share("specificity", lambda row: (int(not row.false_alarm_ml), 1)),
+        negatives.mean("false_alarm_ml", lambda row: row.false_alarm_ml),
+        negatives.mean("false_lesions_per_clean_scan", lambda row: row.lesions.false),
+        positives.share("lesion_recall", lambda row: (row.lesions.found, row.lesions.labelled)),
+        *(
+            positives.share(f"lesion_recall_{name}", partial(_found_in_bin, b))
+            for b, name in enumerate(LESION_BIN_NAMES)
+        ),
+        positives.share(
+            "lesion_precision", lambda row: (row.lesions.predicted - row.lesions.false, row.lesions.predicted)
+        ),
+        positives.mean("lesion_f1", lambda row: row.lesions.f1),
+        positives.mean("false_lesions_per_scan", lambda row: row.lesions.false),
+    ]
+    n_patients = len({row.patient_id for row in rows})
+    return Summary(len(rows), n_patients, len(positives.rows), len(negatives.rows), n_failed, tuple(aggregates))
+
+
+def _found_in_bin(b: int, row: CaseAgreement) -> tuple[int, int]:
+    return row.lesions.found_by_bin[b], row.lesions.labelled_by_bin[b]
+
+
+class _Group:
+    """Rows that are aggregated together, and how their patients are drawn."""
+
+    def __init__(self, name: str, rows: Sequence[CaseAgreement], replicates: int, seed: int) -> None:
+        self.name = name
+        self.rows = rows
+        self.resampler = Resampler([row.patient_id for row in rows], replicates, seed)
+
+    def mean(self, name: str, score: Callable[[CaseAgreement], float | None]) -> Aggregate:
+        """Mean and median of a score over the rows that have it."""
+        values = np.array([score(row) for row in self.rows], dtype=np.float64)  # None becomes NaN
+        held = ~np.isnan(values)
+        mean = self.resampler.estimate(ratio(np.where(held, values, 0), held.astype(np.float64)))
+        median = self.resampler.estimate(lambda w: weighted_median(values[held], w[:, held]))
+        missed = sum(bool(row.missed or row.false_alarm_ml) for row in self.rows)
+        return Aggregate(name, self.name, int(held.sum()), missed, mean, median)
+
+    def share(self, name: str, score: Callable[[CaseAgreement], tuple[int, int]]) -> Aggregate:
+        """Sum of parts over sum of wholes; the patient is drawn, not the lesion."""
+        parts, wholes = np.array([score(row) for row in self.rows], dtype=np.float64).reshape(-1, 2).T
+        estimate = self.resampler.estimate(ratio(parts, wholes))
+        return Aggregate(name, self.name, int(wholes.sum()), int((wholes - parts).sum()), estimate)
+
+    def slice_dice(self, group: int, name: str) -> Aggregate:
+        """Mean Dice of the label's slices in one group of heights; missed are those without a common voxel."""
+        slices = [row.slices for row in self.rows]
+        dice, labelled, hit = (
+            np.array([getattr(each, what)[group] for each in slices], dtype=np.float64)
+            for what in ("dice", "labelled", "hit")
+        )
+        estimate = self.resampler.estimate(ratio(dice, labelled))
+        return Aggregate(f"slice_dice_{name}", self.name, int(labelled.sum()), int((labelled - hit).sum()), estimate)
