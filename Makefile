@@ -8,7 +8,7 @@ DEMO_OUT ?= demo
 # Two processes of one thread each, a file of tests in one of them: its fixtures are made once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m '$(PYTEST_MARK)'
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check browser bench clean
 
 setup: $(VENV)/.installed-test
 
@@ -23,6 +23,13 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST) --cov --cov-report=term
+
+# A real browser for the tests marked `browser`, which are skipped without one. Only root can install it.
+browser:
+	@if command -v chromium && command -v chromedriver; then :; \
+	elif command -v apt-get && [ "$$(id -u)" = 0 ]; then \
+	  apt-get update -qq && apt-get install -qq --no-install-recommends chromium chromium-driver; \
+	else echo "install chromium and chromedriver (Debian: apt-get install chromium chromium-driver)"; fi
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/run.py

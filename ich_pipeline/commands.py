@@ -17,6 +17,7 @@ from ich_pipeline.pairing import Pair, cases_of, find_pairs
 from ich_pipeline.records import CaseRecord
 from ich_pipeline.report import (
     GROWTH_COLUMNS,
+    HTML_NAME,
     LESIONS_NAME,
     CaseRow,
     read_rows,
@@ -47,7 +48,7 @@ def segment(scans: Sequence[Path], masks: Path, table: Path, settings: Settings)
     Args:
         scans: files, folders, manifests.
         masks: folder of the masks.
-        table: `volumes.csv`; `lesions.csv`, `run.json` and the pictures go beside it.
+        table: `volumes.csv`; `lesions.csv`, `run.json`, `report.html` and the pictures go beside it.
         settings: names the bundle.
 
     Returns:
@@ -65,7 +66,21 @@ def segment(scans: Sequence[Path], masks: Path, table: Path, settings: Settings)
     from ich_pipeline.reading import find_scans
 
     cases = find_scans(scans)
-    return segment_cases(cases, bundle, config, masks, table, settings)
+    status = segment_cases(cases, bundle, config, masks, table, settings)
+    _write_html(table, settings)
+    return status
+
+
+def _write_html(table: Path, settings: Settings, *, say: bool = True) -> None:
+    """`report.html` beside a table and everything else that a command wrote there; `say` puts its path on stdout."""
+    if not settings.run["html"]:
+        table.with_name(HTML_NAME).unlink(missing_ok=True)  # one of an earlier table would mislead
+        return
+    from ich_pipeline.html_report import write_html
+
+    page = write_html(table)
+    if say:
+        print(page)
 
 
 def segment_cases(
@@ -118,7 +133,7 @@ def measure_masks(masks: Sequence[Path], table: Path, settings: Settings) -> int
 
     Args:
         masks: files, folders, manifests (their labels where they have any, else their images).
-        table: `volumes.csv`; `lesions.csv` and `run.json` go beside it.
+        table: `volumes.csv`; `lesions.csv`, `run.json` and `report.html` go beside it.
 
     Returns:
         0 when every mask is ok, else 1.
@@ -135,6 +150,7 @@ def measure_masks(masks: Sequence[Path], table: Path, settings: Settings) -> int
     write_tables(table, rows)
     status = int(any(row.status == "failed" for row in rows))
     report.write(table.parent / "run.json", exit_status=status)
+    _write_html(table, settings)
     return status
 
 
@@ -164,7 +180,8 @@ def compare(scans: Sequence[Path], out: Path, settings: Settings, *, masks: bool
 
     Args:
         scans: BASELINE and FOLLOWUP, or one manifest with time points.
-        out: `growth.csv`; `volumes.csv`, `lesions.csv`, `run.json` and, without `masks`, `masks/` go beside it.
+        out: `growth.csv`; `volumes.csv`, `lesions.csv`, `run.json`, `report.html` and, without `masks`, `masks/` go
+            beside it.
         settings: names the criterion, and the bundle without `masks`.
         masks: the scans are masks.
 
@@ -206,6 +223,7 @@ def compare(scans: Sequence[Path], out: Path, settings: Settings, *, masks: bool
         report.add_case(f"pair/{growth.pair_id}", growth.status, error=growth.error or None)
     status = int(any(growth.status == "failed" for growth in found))
     report.write(out.parent / "run.json", exit_status=status)
+    _write_html(table, settings, say=False)  # stdout has a line a pair
     return status
 
 
@@ -460,6 +478,7 @@ def evaluate(settings: Settings) -> int:
     evaluation = compare(cases, table, regions=regions, probabilities=probabilities, subtypes=settings.run["subtypes"])
     summary = write_evaluation(evaluation, out)
     print(summary)
+    _write_html(table, settings)
     if settings.run["tracking"] is not False:
         from ich_pipeline import tracking
 

@@ -49,6 +49,7 @@ def run_demo(out: Path, cases: int, seed: int) -> int:
 held-out cases   {out / "evaluation" / "evaluation.md"} (scores), evaluation.csv (a row a case), plots
 pictures         {out / "evaluation" / "pictures"}
 batch volumes    {table}, lesions.csv, run.json, masks/, pictures/
+report           {table.with_name("report.html")} (open it in a browser: table, pictures, plots)
 trained bundle   {out / "run" / "bundle"}
 MLflow           mlflow ui --backend-store-uri sqlite:///{out / "mlflow.db"}""")
     return status

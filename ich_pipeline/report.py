@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 STATUSES = get_args(CaseStatus)
 LESIONS_NAME = "lesions.csv"
+HTML_NAME = "report.html"
 
 _SUBTYPE_COLUMNS = {kind: f"volume_{kind.name.lower()}_ml" for kind in Subtype}
 _LESION_COLUMNS = [each.name for each in fields(LesionReport) if each.name != "subtype_ml"]
@@ -105,7 +106,7 @@ def write_tables(table: Path | str, rows: Sequence[CaseRow]) -> None:
     write_csv_rows(
         table.with_name(LESIONS_NAME),
         (
-            _cells(row.case_id, {"case_id": row.case_id, **_numbers(lesion)})
+            _cells(row.case_id, {"case_id": row.case_id, **measures(lesion)})
             for row in rows
             if row.report
             for lesion in row.report.lesions
@@ -114,7 +115,7 @@ def write_tables(table: Path | str, rows: Sequence[CaseRow]) -> None:
     )
     write_csv_rows(
         table,
-        (_cells(row.case_id, _case_values(row, table.parent)) for row in rows),
+        (_cells(row.case_id, case_values(row, table.parent)) for row in rows),
         [*VOLUME_COLUMNS, *subtypes, *extra],
     )
 
@@ -148,7 +149,8 @@ def read_rows(table: Path | str) -> list[CaseRow]:
     return rows
 
 
-def _case_values(row: CaseRow, folder: Path) -> dict[str, Any]:
+def case_values(row: CaseRow, folder: Path) -> dict[str, Any]:
+    """Every column of one case and its value, with paths relative to `folder`."""
     return {
         "case_id": row.case_id,
         "status": row.status,
@@ -159,12 +161,13 @@ def _case_values(row: CaseRow, folder: Path) -> dict[str, Any]:
         "seconds": row.seconds,
         "bundle": row.bundle,
         "weights_sha256": row.weights_sha256,
-        **(_numbers(row.report) if row.report else {}),
+        **(measures(row.report) if row.report else {}),
         **row.extra,
     }
 
 
-def _numbers(report: VolumeReport | LesionReport) -> dict[str, Any]:
+def measures(report: VolumeReport | LesionReport) -> dict[str, Any]:
+    """Columns of a report and their values, subtypes among them; lesions are a table of their own."""
     values = {each.name: getattr(report, each.name) for each in fields(report)}
     values.pop("lesions", None)
     subtype_ml: SubtypeMl | None = values.pop("subtype_ml")

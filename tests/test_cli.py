@@ -235,7 +235,9 @@ def test_volume_puts_masks_beside_the_table(call: Call, oracle: Path, tmp_path: 
     write_heads(tmp_path / "scans", 1)
     assert call("volume", "scans", "--out", "r/v.csv", f"bundle={oracle}") == 0
     found = {str(p.relative_to(tmp_path / "r")) for p in (tmp_path / "r").rglob("*") if p.is_file()}
-    assert found == {"v.csv", "lesions.csv", "run.json", "masks/head0.nii.gz", "pictures/head0.png"}
+    assert found == {"v.csv", "lesions.csv", "run.json", "report.html", "masks/head0.nii.gz", "pictures/head0.png"}
+    assert call.out == f"{Path('r/report.html')}\n"
+    assert 'data-case="head0"' in (tmp_path / "r" / "report.html").read_text()
 
 
 def test_volume_measures_masks_that_exist(call: Call, tmp_path: Path) -> None:
@@ -249,7 +251,9 @@ def test_volume_measures_masks_that_exist(call: Call, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run.json").read_text())["exit_status"] == 0
 
     (tmp_path / "masks" / "two.nii.gz").write_bytes(b"no mask")
-    assert call("volume", "masks", "--masks", "--out", "v.csv") == 1
+    assert 'data-case="one"' in (tmp_path / "report.html").read_text()
+    assert call("volume", "masks", "--masks", "--out", "v.csv", "html=false") == 1
+    assert (call.out, (tmp_path / "report.html").exists()) == ("", False)
     rows = [row.split(",")[:2] for row in (tmp_path / "v.csv").read_text().splitlines()[1:]]
     assert rows == [["one", "ok"], ["two", "failed"]]
 

@@ -51,6 +51,13 @@ def test_evaluate_reports_coarse_recall_by_lesion_size(manifest, evaluated):
         assert 2 * both >= 0.9 * (region.values.sum() + label.values.sum())
 
 
+def test_the_html_report_has_the_scores(evaluated):
+    page = (evaluated / "report.html").read_text()
+    assert 'data-case="head0"' in page
+    assert "Dice" in page
+    assert "Predicted against reference volume" in page
+
+
 def test_a_region_that_misses_its_lesion_lowers_coarse_recall_only(manifest, evaluated, tmp_path):
     cases = labelled_cases(manifest, "test")
     for case in cases:

@@ -93,9 +93,9 @@ class TestWheel:
     def test_is_small(self, wheel: Path) -> None:
         assert max(file.file_size for file in zipfile.ZipFile(wheel).infolist()) < 1_000_000
 
-    def test_holds_the_licence_and_the_types(self, wheel: Path) -> None:
+    def test_holds_licence_types_and_template(self, wheel: Path) -> None:
         names = zipfile.ZipFile(wheel).namelist()
-        assert "ich_pipeline/py.typed" in names
+        assert {"ich_pipeline/py.typed", "ich_pipeline/report.html.jinja"} <= set(names)
         assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -128,6 +128,7 @@ class TestInstalledCopy:
         assert done.returncode == 0, done.stderr
         header, row = (line.split(",") for line in (tmp_path / "volumes.csv").read_text().splitlines())
         assert float(row[header.index("volume_ml")]) == pytest.approx(10.0)
+        assert 'data-case="block"' in (tmp_path / "report.html").read_text()
 
 
 def modules() -> Iterator[str]:
