@@ -19,8 +19,8 @@ from PIL import Image
 from shapes import ellipsoid, empty, make_grid
 
 from ich_pipeline import html_report
-from ich_pipeline.agreement import compare_masks
 from ich_pipeline.html_report import FLAG_WORDS, MAX_PICTURE_BYTES, write_html
+from ich_pipeline.overlap import compare_masks
 from ich_pipeline.reading import read_scan
 from ich_pipeline.records import NativeMask
 from ich_pipeline.report import CaseRow, write_agreement, write_tables
