@@ -43,17 +43,20 @@ class Resampler:
         if self.n_rows == 0:
             return Estimate(None, None, None)
         with np.errstate(invalid="ignore", divide="ignore"):
-            value = _finite(statistic(np.ones((1, self.n_rows)))[0])
+            value = statistic(np.ones((1, self.n_rows)))[0]
             replicates = statistic(self.counts) if self.counts is not None else np.empty(0)
-        replicates = replicates[np.isfinite(replicates)]
-        if value is None or not replicates.size:
-            return Estimate(value, None, None)
-        low, high = np.quantile(replicates, [0.025, 0.975])
-        return Estimate(value, float(low), float(high))
+        return percentile_estimate(value, replicates)
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+def percentile_estimate(value: float, replicates: Floats) -> Estimate:
+    """A value with the 95 % percentile interval of its replicates; what is not finite is undefined, and left out."""
+    if not np.isfinite(value):
+        return Estimate(None, None, None)
+    replicates = replicates[np.isfinite(replicates)]
+    if not replicates.size:
+        return Estimate(float(value), None, None)
+    low, high = np.quantile(replicates, [0.025, 0.975])
+    return Estimate(float(value), float(low), float(high))
 
 
 def ratio(parts: Floats, wholes: Floats) -> Callable[[Floats], Floats]:

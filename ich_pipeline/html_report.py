@@ -286,7 +286,12 @@ def _data_uri(kind: str, data: bytes) -> str:
 
 def _plots(folder: Path, rows: Sequence[CaseRow], scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Caption and data URI of each plot: those of the evaluation, then the rules against the voxels."""
-    for name, words in (("scatter", "Predicted against reference volume"), ("bland_altman", "Their difference")):
+    of_evaluation = {
+        "scatter": "Predicted against reference volume",
+        "bland_altman": "Their difference",
+        "precision_recall": "Precision and recall of the voxels",
+    }
+    for name, words in of_evaluation.items():
         file = folder / f"{name}.png"
         # An evaluation without a bleeding case draws none; what lies there then is of an earlier one.
         if file.is_file() and any(score["label_ml"] for score in scores.values()):

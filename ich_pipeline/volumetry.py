@@ -117,7 +117,7 @@ def measure(case_id: str, mask: NativeMask, *, subtypes: bool = False, edema: Na
         report = replace(report, subtype_ml=_no_blood(), abc2_applies=True) if subtypes else report
     else:
         stack = slice_stack(mask, box)
-        kinds = _subtype_values(case_id, mask.values[box].transpose(stack.axes)) if subtypes else None
+        kinds = subtype_values(case_id, mask.values[box].transpose(stack.axes)) if subtypes else None
         whole = measure_stack(stack)
         lesions = _measure_lesions(stack, whole, kinds)
         voxels = int(np.count_nonzero(stack.values))
@@ -270,7 +270,7 @@ def _down_back_left(position_mm: NDArray[np.float64]) -> tuple[float, ...]:
     return tuple((-position_mm[::-1]).round(3).tolist())
 
 
-def _subtype_values(case_id: str, values: NDArray[np.generic]) -> NDArray[np.uint8]:
+def subtype_values(case_id: str, values: NDArray[np.generic]) -> NDArray[np.uint8]:
     """The values of a multi-class label, refused when one of them is no subtype."""
     highest = int(values.max())
     if highest > max(Subtype):

@@ -11,15 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from ich_pipeline.detection import boxes_of_mask
 from ich_pipeline.errors import ConfigError, ReadError
 from ich_pipeline.geometry import Affine, Grid
 from ich_pipeline.labels import Subtype
 from ich_pipeline.phantom import bleeds as bl
 from ich_pipeline.phantom.anatomy import Interior, tentorium_height
 from ich_pipeline.phantom.fields import Array, Texture, share, smoothstep
-from ich_pipeline.phantom.settings import PhantomCase, PhantomSettings, boxes_of
+from ich_pipeline.phantom.settings import PhantomCase, PhantomSettings
 from ich_pipeline.phantom.truth import label_of, volumes_of
-from ich_pipeline.records import Scan
+from ich_pipeline.records import NativeMask, Scan
 
 KINDS = (Subtype.EDH, Subtype.IPH, Subtype.SDH)
 FINE_MM, COARSE_MM = 1.0, 2.0
@@ -89,7 +90,8 @@ def bleed_into(case_id: str, seed: int, settings: PhantomSettings, background: S
     } | volumes_of(blood, label, edema, grid)
     scan = Scan(case_id, image_hu, grid, background.forms, background.source, flags=background.flags)
     brain = head.brain | (label > 0)
-    return PhantomCase(scan, label, (edema >= 0.5) & (label == 0), brain, boxes_of(case_id, label), truth)
+    boxes = boxes_of_mask(case_id, NativeMask(label, grid), subtypes=True, regions=False)
+    return PhantomCase(scan, label, (edema >= 0.5) & (label == 0), brain, boxes, truth)
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ich_pipeline.detection import boxes_of_mask
 from ich_pipeline.geometry import Grid
 from ich_pipeline.labels import Subtype
 from ich_pipeline.phantom import bleeds as bl
@@ -15,9 +16,9 @@ from ich_pipeline.phantom.background import bleed_into
 from ich_pipeline.phantom.bleeds import Bleed, Plan
 from ich_pipeline.phantom.fields import Array, Texture, share, smoothstep
 from ich_pipeline.phantom.scanner import Lattice, Protocol, Push, draw_protocol, scan_hu, shares
-from ich_pipeline.phantom.settings import PhantomCase, PhantomSettings, boxes_of
+from ich_pipeline.phantom.settings import PhantomCase, PhantomSettings
 from ich_pipeline.phantom.truth import label_of, volumes_of
-from ich_pipeline.records import NiftiForms, Scan
+from ich_pipeline.records import NativeMask, NiftiForms, Scan
 
 DEFAULT = PhantomSettings()
 
@@ -177,7 +178,8 @@ def _with_truth(
     } | volumes_of(sampled, label, swollen, grid)
     forms = scanner_forms(grid)
     scan = Scan(case_id, image_hu, grid, forms, Path(f"{case_id}.nii.gz"))
-    return PhantomCase(scan, label, (swollen >= 0.5) & (label == 0), brain, boxes_of(case_id, label), truth)
+    boxes = boxes_of_mask(case_id, NativeMask(label, grid), subtypes=True, regions=False)
+    return PhantomCase(scan, label, (swollen >= 0.5) & (label == 0), brain, boxes, truth)
 
 
 def scanner_forms(grid: Grid) -> NiftiForms:

@@ -17,12 +17,13 @@ import numpy as np
 from isal import igzip
 
 from ich_pipeline import __version__
+from ich_pipeline.detection import BOX_COLUMNS
 from ich_pipeline.errors import ConfigError
 from ich_pipeline.files import atomic_path, sha256_of, write_csv_rows, write_json
 from ich_pipeline.labels import Subtype
 from ich_pipeline.manifest import PHANTOM_FILE
 from ich_pipeline.phantom.cases import make_case
-from ich_pipeline.phantom.settings import BOX_COLUMNS, PhantomCase, PhantomSettings
+from ich_pipeline.phantom.settings import PhantomCase, PhantomSettings
 from ich_pipeline.records import Scan
 from ich_pipeline.restoring import write_mask
 

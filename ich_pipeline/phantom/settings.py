@@ -1,12 +1,13 @@
 """What a set of phantoms is drawn from, and what a phantom is."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ich_pipeline.detection import Box
 from ich_pipeline.errors import ConfigError
 from ich_pipeline.labels import Subtype
 from ich_pipeline.records import Scan
@@ -83,26 +84,6 @@ class PhantomSettings:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
-@dataclass(frozen=True)
-class Box:
-    """Smallest rectangle of whole pixels around one subtype in one slice of one case.
-
-    Pixel (i, j) covers [i, i + 1) x [j, j + 1), so `i1` and `j1` are one past the last pixel: the same numbers slice
-    an array, and (i1 - i0) * (j1 - j0) pixels lie inside.
-    """
-
-    case_id: str
-    slice: int
-    subtype: str
-    i0: int
-    j0: int
-    i1: int
-    j1: int
-
-
-BOX_COLUMNS = tuple(f.name for f in fields(Box))
-
-
 @dataclass(frozen=True, eq=False)
 class PhantomCase:
     """One synthetic scan and its truth, all (I, J, K) on the scan's grid.
@@ -112,7 +93,7 @@ class PhantomCase:
             the subtype with the largest share.
         edema: bool, at least half filled by edema.
         brain: bool, inside the inner table of the skull: brain, CSF, vessels, meninges and hemorrhage.
-        boxes: of every subtype in every slice that holds it, by slice.
+        boxes: one around each subtype in every slice that holds it, by slice.
         truth: what the case was drawn at: `volume_ml` by subtype (continuous: the sum of shares, not of voxels), age,
             seed, tilt, `bleeds` (as planned: subtype, volume, side, HU, stage) and more; JSON-able.
     """
@@ -123,15 +104,3 @@ class PhantomCase:
     brain: NDArray[np.bool_]
     boxes: list[Box]
     truth: dict[str, Any]
-
-
-def boxes_of(case_id: str, label: NDArray[np.uint8]) -> list[Box]:
-    """Boxes around every subtype in every slice (third array axis) of a label."""
-    boxes = []
-    for k in range(label.shape[2]):
-        for value in np.unique(label[:, :, k]):
-            if value:
-                i, j = np.nonzero(label[:, :, k] == value)
-                corners = int(i.min()), int(j.min()), int(i.max()) + 1, int(j.max()) + 1
-                boxes.append(Box(case_id, k, Subtype(value).name, *corners))
-    return boxes
