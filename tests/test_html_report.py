@@ -146,7 +146,7 @@ def test_every_case_has_its_row(page: Page) -> None:
     assert middle[-1] == "gantry_tiltodd_flag"
     assert "Dice" not in page.text
     assert len(small) == len(big)
-    for words in ("Research use only", FLAG_WORDS["gantry_tilt"], "cascade3d", "ab12" * 16, "threshold", "SimpleITK"):
+    for words in ("Research use only", FLAG_WORDS["gantry_tilt"], "cascade3d", "ab12" * 16, "threshold", "nibabel"):
         assert words in page.text
 
 
