@@ -78,4 +78,5 @@ class Pipeline:
             report=volumes,
             bundle=self.segmenter.bundle.name,
             weights_sha256=self.segmenter.weights_sha256,
+            extra=scan.series.columns() if scan.series else {},
         )

@@ -9,7 +9,8 @@ import pytest
 from pydicom.uid import JPEG2000, RLELossless, generate_uid
 from scan_files import LPS_RAS, ct_slices, grid_points, head_hu, head_series, save_series, slice_positions
 
-from ich_pipeline.dicom import describe_steps, series_grid
+from ich_pipeline.dicom import series_grid
+from ich_pipeline.dicom.stack import describe_steps
 from ich_pipeline.errors import GeometryError, IchError, ReadError
 from ich_pipeline.reading import read_scan
 
@@ -160,7 +161,7 @@ class TestSeries:
         capture = self.changed(series[2:3], SOPClassUID="1.2.840.10008.5.1.4.1.1.7", SeriesInstanceUID=generate_uid())
         capture[0].filename, capture[0].NumberOfFrames = "capture.dcm", 3
         scan = read_scan(save_series([*series, *localizer, *capture], tmp_path / "x"))
-        assert scan.series_uid == series[0].SeriesInstanceUID
+        assert scan.series.uid == series[0].SeriesInstanceUID
         assert_is_head(scan)
 
     def test_several_series_are_listed(self, tmp_path, series):
@@ -185,7 +186,7 @@ class TestSeries:
     def test_primary_images_come_before_derived_ones(self, tmp_path, series):
         derived = self.changed(series, SeriesInstanceUID=generate_uid(), ImageType=["DERIVED", "SECONDARY", "AXIAL"])
         scan = read_scan(save_series([*derived, *series], tmp_path / "x"))
-        assert (scan.series_uid, scan.flags) == (series[0].SeriesInstanceUID, ())
+        assert (scan.series.uid, scan.flags) == (series[0].SeriesInstanceUID, ())
 
     def test_derived_images_alone_are_read_and_flagged(self, tmp_path, series):
         derived = self.changed(series, ImageType=["DERIVED", "SECONDARY", "AXIAL"])
