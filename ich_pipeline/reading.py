@@ -156,8 +156,9 @@ def _is_second_of_pair(file: Path) -> bool:
 
 def _study_uid(file: Path) -> str:
     try:
-        dataset = pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=["StudyInstanceUID"])
-        return str(dataset.get("StudyInstanceUID") or file.parent)
+        with pydicom.config.disable_value_validation():  # it would quote values in warnings
+            dataset = pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=["StudyInstanceUID"])
+            return str(dataset.get("StudyInstanceUID") or file.parent)
     except Exception:  # a damaged first file: reading the case will name it
         return str(file.parent)
 

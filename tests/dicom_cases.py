@@ -1,6 +1,6 @@
 """CT series as hospitals send them, right and wrong, at least one for every rule of docs/input.md.
 
-Each function writes files into a folder. The head in them is that of `scan_files`: every valid case has the same volume.
+Each function writes files into a folder. The head in them is that of `scan_files`; every valid one has its volume.
 """
 
 import copy

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pydicom
 import pytest
-from pydicom.uid import JPEG2000, RLELossless, generate_uid
+from pydicom.uid import generate_uid
 from scan_files import LPS_RAS, ct_slices, grid_points, head_hu, head_series, save_series, slice_positions
 
 from ich_pipeline.dicom import series_grid
@@ -91,7 +91,9 @@ class TestSteps:
             read_scan(folder)
 
     def test_missing_slice(self, tmp_path, series):
-        with pytest.raises(ReadError, match=r"5 x 11\.000, 1 x 22\.000, 6 x 11\.000 mm.*1 gap\(s\) look like missing"):
+        with pytest.raises(
+            ReadError, match=r"missing at 1 gap\(s\): 22\.000 mm.*5 x 11\.000, 1 x 22\.000, 6 x 11\.000 mm"
+        ):
             read_scan(save_series(series[:6] + series[7:], tmp_path / "x"))
 
     @pytest.mark.parametrize(("deviation_mm", "ok"), [(0.1, True), (0.12, False)])
@@ -139,7 +141,9 @@ class TestDuplicates:
         twin = self.twin(series[5])
         twin.AcquisitionNumber = 2
         twin.PixelData = (twin.pixel_array + 40).tobytes()
-        with pytest.raises(ReadError, match=r"two different slices at .*\(acquisition numbers: 1, 2\)"):
+        with pytest.raises(
+            ReadError, match=r"2 different slices at .*acquisition numbers: 1 \(14 slices\), 2 \(1 slices\)"
+        ):
             read_scan(save_series([*series, twin], tmp_path / "x"))
 
 
@@ -164,18 +168,9 @@ class TestSeries:
         assert scan.series.uid == series[0].SeriesInstanceUID
         assert_is_head(scan)
 
-    def test_several_series_are_listed(self, tmp_path, series):
-        bone = self.changed(series, SeriesInstanceUID=generate_uid(), ConvolutionKernel="BONE", SeriesNumber=3)
-        folder = save_series([*series, *bone], tmp_path / "x")
-        with pytest.raises(
-            ReadError, match=r"2 CT series.*number 2, 14 files, kernel STD.*kernel BONE.*folder of its own"
-        ) as e:
-            read_scan(folder)
-        assert bone[0].SeriesInstanceUID in str(e.value)
-
     def test_two_studies_are_never_one_series(self, tmp_path, series):
         other = self.changed(series, StudyInstanceUID=generate_uid())
-        with pytest.raises(ReadError, match="2 CT series"):
+        with pytest.raises(ReadError, match="2 studies"):
             read_scan(save_series([*series, *other], tmp_path / "x"))
 
     def test_thickness_does_not_split_a_series(self, tmp_path, series):
@@ -207,23 +202,11 @@ class TestSeries:
 
     def test_no_ct_image(self, tmp_path, series):
         folder = save_series(self.changed(series, SOPClassUID="1.2.840.10008.5.1.4.1.1.4"), tmp_path / "x")
-        with pytest.raises(ReadError, match="holds 14 x MR Image Storage, expected one series of CT"):
+        with pytest.raises(ReadError, match="holds 14 x MR Image Storage, expected a series of CT"):
             read_scan(folder)
         (tmp_path / "empty").mkdir()
         with pytest.raises(ReadError, match="holds no DICOM file"):
             read_scan(tmp_path / "empty")
-
-    @pytest.mark.parametrize(
-        ("values", "name"),
-        [
-            ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2.1"}, "Enhanced CT Image Storage"),
-            ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2.2"}, "Legacy Converted Enhanced CT"),
-            ({"NumberOfFrames": 14}, "multi-frame CT image"),
-        ],
-    )
-    def test_multi_frame_is_refused_by_name(self, tmp_path, series, values, name):
-        with pytest.raises(ReadError, match=name):
-            read_scan(save_series(self.changed(series[:1], **values), tmp_path / "x"))
 
 
 class TestHeaders:
@@ -421,19 +404,6 @@ class TestPixels:
         for dataset in series:
             dataset.RescaleIntercept = 0
         with pytest.raises(ReadError, match="x: values run from 24"):
-            read_scan(save_series(series, tmp_path / "x"))
-
-    def test_run_length_compression(self, tmp_path, series):
-        for dataset in series:
-            dataset.compress(RLELossless, generate_instance_uid=False)
-        assert_is_head(read_scan(save_series(series, tmp_path / "x")))
-
-    def test_syntax_that_cannot_be_decoded_is_named(self, tmp_path, series):
-        series[0].compress(RLELossless, generate_instance_uid=False)
-        series[0].file_meta.TransferSyntaxUID = JPEG2000
-        with pytest.raises(
-            ReadError, match=r"0\.dcm cannot be decoded \(transfer syntax JPEG 2000 Image Compression\)"
-        ):
             read_scan(save_series(series, tmp_path / "x"))
 
     def test_cut_off_pixels(self, tmp_path, series):

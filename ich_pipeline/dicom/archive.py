@@ -3,6 +3,7 @@
 Members are written under numbers of ours: their names are read for nothing but a suffix, so no name can lead out.
 """
 
+import re
 import stat
 import tempfile
 import zipfile
@@ -77,7 +78,9 @@ def _unpack(archive: zipfile.ZipFile, folder: Path, what: str) -> None:
 
 def _is_file(member: zipfile.ZipInfo) -> bool:
     kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the ZIP was not packed on a POSIX system
-    hidden = any(part.startswith((".", "__MACOSX")) and part not in (".", "..") for part in member.filename.split("/"))
+    hidden = any(
+        part.startswith((".", "__MACOSX")) and part not in (".", "..") for part in re.split(r"[/\\]", member.filename)
+    )
     return not member.is_dir() and kind in (0, stat.S_IFREG) and not hidden
 
 

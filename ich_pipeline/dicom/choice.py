@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ich_pipeline.dicom.headers import Image
+from ich_pipeline.dicom.headers import Image, image_types
 from ich_pipeline.errors import ReadError
 
 # Kernels for bone and lung by the names that vendors give them; what is not here counts as soft.
@@ -75,7 +75,7 @@ class Candidate:
 
     def has_type(self, word: str) -> bool:
         """Whether any slice has this ImageType value."""
-        return any(word in {str(v).upper() for v in image.header.get("ImageType") or ()} for image in self.images)
+        return any(word in image_types(image.header) for image in self.images)
 
     @property
     def has_contrast(self) -> bool:

@@ -19,6 +19,7 @@ from ich_pipeline.errors import ReadError
 
 START_SECONDS = 60.0  # until the process has started and imported its codecs
 SECONDS_A_FRAME = 10.0  # a slice of 512 x 512 takes some milliseconds
+MAX_WORDS = 400  # characters of what a codec says
 
 
 def decode(case_id: str, image: Image) -> NDArray[np.integer]:
@@ -35,7 +36,7 @@ def decode(case_id: str, image: Image) -> NDArray[np.integer]:
     except Exception as error:  # pydicom raises many kinds: no decoder, cut off, wrong length
         raise ReadError(
             f"{case_id}: pixels of {image.path.name} cannot be decoded (transfer syntax {_name(image.syntax)}): "
-            f"{error}. Export uncompressed, or copy the file again."
+            f"{' '.join(str(error).split())[:MAX_WORDS]}. Export uncompressed, or copy the file again."
         ) from error
 
 

@@ -56,6 +56,7 @@ OPTIONAL = (
     "BodyPartExamined",
     "LossyImageCompression",
 )
+WHOLE_NUMBERS = ("NumberOfFrames", "SamplesPerPixel", "PixelPaddingValue", "PixelPaddingRangeLimit")
 FRAME_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 # Where multi-frame images keep what a single-frame header says flatly: sequence, then element there: element here.
 IN_GROUPS = {
@@ -164,12 +165,14 @@ def read_images(folder: Path, case_id: str) -> tuple[list[Image], Counter[str]]:
 def _read_dataset(case_id: str, path: Path) -> tuple[Any, str]:
     try:
         _require_bounded(case_id, path)
-        dataset = pydicom.dcmread(
-            path, force=True, stop_before_pixels=True, specific_tags=[*REQUIRED, *OPTIONAL, *FRAME_GROUPS]
-        )
-        for name in (*REQUIRED, *OPTIONAL, *FRAME_GROUPS):
-            dataset.get(name)  # values are parsed when asked for, so damage shows here and nowhere later
-        return dataset, str(dataset.file_meta.get("TransferSyntaxUID", ""))
+        with pydicom.config.disable_value_validation():  # it would quote values in warnings
+            names = [*REQUIRED, *OPTIONAL, *FRAME_GROUPS]
+            dataset = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=names)
+            for name in names:
+                dataset.get(name)  # values are parsed when asked for, so damage shows here and nowhere later
+            for name in WHOLE_NUMBERS:
+                int(dataset.get(name) or 0)
+            return dataset, str(dataset.file_meta.get("TransferSyntaxUID", ""))
     except ReadError:
         raise
     except Exception as error:  # pydicom raises many kinds on damaged files, and quotes what it found there
@@ -219,8 +222,14 @@ def _why_left_out(case_id: str, path: Path, dataset: Any) -> str | None:
     return None
 
 
+def image_types(header: Any) -> set[str]:
+    """Values of ImageType in capitals."""
+    values = header.get("ImageType") or ()
+    return {str(value).upper() for value in ([values] if isinstance(values, str) else values)}
+
+
 def _no_slice(header: Any) -> bool:
-    return bool(NO_SLICE_TYPES & {str(value).upper() for value in header.get("ImageType") or ()})
+    return bool(NO_SLICE_TYPES & image_types(header))
 
 
 def _flat(dataset: Any) -> Any:

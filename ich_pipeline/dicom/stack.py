@@ -278,11 +278,11 @@ def _refuse_missing(slices: Slices) -> None:
 
 
 def _instance_jumps(images: Sequence[Image]) -> NDArray[np.float64]:
-    """By how much InstanceNumber changes from slice to slice; all 1 where it is not given throughout."""
-    numbers = [image.header.get("InstanceNumber") for image in images]
-    if any(number is None for number in numbers):
+    """By how much InstanceNumber changes from slice to slice; all 1 where it is not one number throughout."""
+    try:
+        return np.abs(np.diff([float(image.header.get("InstanceNumber")) for image in images]))
+    except (TypeError, ValueError):  # absent in a slice, or several numbers
         return np.ones(len(images) - 1)
-    return np.abs(np.diff(np.array(numbers, dtype=float)))
 
 
 def _instance(image: Image) -> str:
