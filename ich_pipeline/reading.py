@@ -108,10 +108,10 @@ def find_scans(inputs: Sequence[Path | str]) -> list[CaseRecord]:
             of it.
         ManifestError: a manifest that cannot be used.
     """
-    found: dict[Path, CaseRecord] = {}
+    found: dict[tuple[Path, str | None], CaseRecord] = {}
     for given in map(Path, inputs):
         for record in _records_of(given):
-            found.setdefault(record.image.resolve(), record)
+            found.setdefault((record.image.resolve(), record.series), record)
     return _with_unique_ids(list(found.values()))
 
 

@@ -67,7 +67,7 @@ def test_of_thick_and_thin_the_step_nearest_to_5_mm(tmp_path, steps_mm, number):
 
 
 def test_two_of_the_same_step_are_listed(tmp_path):
-    with pytest.raises(ReadError, match=r"2 CT series alike.*number 2, 29 slices.*number 3, 29 slices") as refused:
+    with pytest.raises(ReadError, match=r"2 CT series alike.*number 2, 30 slices.*number 3, 30 slices") as refused:
         read_scan(save_series(thick_and(1.0, 5.0, 5.0), tmp_path / "x"))
     assert "number 1" not in str(refused.value)
 

@@ -78,9 +78,8 @@ def _unpack(archive: zipfile.ZipFile, folder: Path, what: str) -> None:
 
 def _is_file(member: zipfile.ZipInfo) -> bool:
     kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the ZIP was not packed on a POSIX system
-    hidden = any(
-        part.startswith((".", "__MACOSX")) and part not in (".", "..") for part in re.split(r"[/\\]", member.filename)
-    )
+    parts = re.split(r"[/\\]", member.filename)
+    hidden = any(part.startswith((".", "__MACOSX")) and part not in (".", "..") for part in parts)
     return not member.is_dir() and kind in (0, stat.S_IFREG) and not hidden
 
 

@@ -8,7 +8,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydicom
 from pydicom.dataset import Dataset
@@ -123,7 +123,7 @@ def is_dicom_start(start: bytes) -> bool:
         return True
     if len(start) < 132:
         return False
-    order = "little" if start[1] == 0 else "big"
+    order: Literal["little", "big"] = "little" if start[1] == 0 else "big"
     group, element = (int.from_bytes(start[n : n + 2], order) for n in (0, 2))
     if group not in (0x0002, 0x0008) or element >= 0x20:
         return False
