@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dicom_cases import INVALID, VALID
 from heads import bleeding_head, oracle_bundle, save_nifti, write_heads
 
 from ich_pipeline import cli, commands
@@ -59,6 +61,30 @@ def run(scans: Path, out: Path, segmenter: Segmenter, **changes):
 def table(path: Path) -> list[dict[str, str]]:
     with path.open() as stream:
         return list(csv.DictReader(stream))
+
+
+def test_the_series_that_was_read_stands_in_the_row(tmp_path, segmenter, scans):
+    both = tmp_path / "in"
+    VALID["bone_kernel_beside"](both / "study")
+    INVALID["cut_off_pixels"][0](both / "cut")
+    shutil.copy(next(scans.iterdir()), both / "nifti.nii.gz")
+    shutil.make_archive(str(both / "packed"), "zip", both / "study")
+    run(both, tmp_path / "out", segmenter)
+    rows = {row["case_id"]: row for row in table(tmp_path / "out" / "volumes.csv")}
+    assert {case_id: row["status"] for case_id, row in rows.items()} == {
+        "cut": "failed",
+        "nifti": "ok",
+        "packed": "ok",
+        "study": "ok",
+    }
+    series = {
+        case_id: [row[f"series_{name}"] for name in ("number", "kernel", "slices")] for case_id, row in rows.items()
+    }
+    assert series["study"] == series["packed"] == ["2", "STD", "14"]
+    assert series["nifti"] == series["cut"] == ["", "", ""]
+    assert rows["study"]["series_uid"] == rows["packed"]["series_uid"] != ""
+    assert rows["packed"]["image"] == "../in/packed.zip"
+    assert read_rows(tmp_path / "out" / "volumes.csv")[-1].extra["series_number"] == "2"
 
 
 class Broken(Segmenter):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gdcm
 import psutil
+import pydicom
 import pytest
 from dicom_cases import VALID, compress, head_series, save_series
 from scan_files import BRAIN_ML, brain_ml
@@ -38,6 +39,10 @@ def aborting(tmp_path) -> Path:
     return folder
 
 
+# pydicom 2 asks Pillow first, which refuses what GDCM aborts on.
+aborts = pytest.mark.skipif(pydicom.__version__ < "3", reason="pydicom 2 does not ask GDCM for JPEG 2000 first")
+
+
 def decoder_pid() -> int:
     assert decoding._process._process is not None
     return decoding._process._process.pid
@@ -47,12 +52,14 @@ def is_running(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
+@aborts
 def test_a_codec_that_aborts_costs_its_case_only(aborting, compressed):
     with pytest.raises(ReadError, match=r"aborting: pixels of 3\.dcm .*JPEG 2000.* crashed \(exit status -6\)"):
         read_scan(aborting)
     assert brain_ml(read_scan(compressed)) == pytest.approx(BRAIN_ML, rel=0.01)
 
 
+@aborts
 def test_this_process_would_have_been_aborted(aborting):
     code = (
         "import sys; from ich_pipeline.dicom.decode_worker import stored_pixels\n"

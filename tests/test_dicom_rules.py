@@ -6,6 +6,7 @@ import pytest
 from dicom_cases import IDENTIFIERS, INVALID, VALID
 from scan_files import BRAIN_ML, brain_ml, grid_points, head_hu
 
+from ich_pipeline.dicom import headers, stack
 from ich_pipeline.errors import ReadError
 from ich_pipeline.reading import read_scan
 
@@ -65,3 +66,21 @@ def test_a_series_full_of_identifiers_leaves_none_in_the_scan(tmp_path):
     said = repr((scan.case_id, scan.flags, scan.series))
     assert not any(part in said for value in IDENTIFIERS.values() for part in value.split("^"))
     assert scan.series.columns().keys() == {"series_uid", "series_number", "series_kernel", "series_slices"}
+
+
+def test_more_voxels_than_any_head_is_refused_before_pixels_are_read(tmp_path, monkeypatch):
+    VALID["tilted"](tmp_path / "case")
+    monkeypatch.setattr(stack, "MAX_VOXELS", 14 * 50 * 44 - 1)
+    with pytest.raises(ReadError, match="case: 30800 voxels, expected at most 30799"):
+        read_scan(tmp_path / "case")
+
+
+@pytest.mark.parametrize(("limit", "ok"), [(4000, False), (6000, True)])
+def test_a_deflated_file_is_measured_before_it_is_unpacked(tmp_path, monkeypatch, limit, ok):
+    VALID["deflated"](tmp_path / "case")
+    monkeypatch.setattr(headers, "MAX_INFLATED_BYTES", limit)
+    if ok:
+        read_scan(tmp_path / "case")
+    else:
+        with pytest.raises(ReadError, match=r"0\.dcm unpacks to more than"):
+            read_scan(tmp_path / "case")

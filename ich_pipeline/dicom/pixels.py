@@ -74,14 +74,7 @@ class Pixels:
         if self._last is None or self._last[0] != image.path:
             self._last = None  # two decoded files are never held at once
             self._last = image.path, decode(self._case_id, image)
-        frames = self._last[1]
-        expected = image.n_frames, int(image.header.Rows), int(image.header.Columns)
-        if frames.shape != expected:
-            raise ReadError(
-                f"{self._case_id}: pixels of {image.path.name} are {frames.shape} (frames, rows, columns), expected "
-                f"{expected}. Copy the file again."
-            )
-        stored = frames[image.frame]
+        stored = self._last[1][image.frame]
         allocated, used = 8 * stored.dtype.itemsize, int(image.header.BitsStored)
         if used < allocated:
             above = allocated - 1 - int(image.header.HighBit)

@@ -55,11 +55,6 @@ class Slices:
     flags: tuple[str, ...]
 
     @property
-    def datasets(self) -> list[Any]:
-        """Headers, one a slice."""
-        return [image.header for image in self.images]
-
-    @property
     def distances_mm(self) -> NDArray[np.float64]:
         """(K,) positions along the normal, rising."""
         return self.positions_lps_mm @ self.normal
