@@ -7,7 +7,7 @@ from dicom_cases import IDENTIFIERS, INVALID, VALID
 from scan_files import BRAIN_ML, brain_ml, grid_points, head_hu
 
 from ich_pipeline.dicom import headers, stack
-from ich_pipeline.errors import ReadError
+from ich_pipeline.errors import IchError, ReadError
 from ich_pipeline.reading import read_scan
 
 # Flags of cases that are not the plain one; a case that is not here has none but `gantry_tilt`.
@@ -84,3 +84,22 @@ def test_a_deflated_file_is_measured_before_it_is_unpacked(tmp_path, monkeypatch
     else:
         with pytest.raises(ReadError, match=r"0\.dcm unpacks to more than"):
             read_scan(tmp_path / "case")
+
+
+@pytest.mark.filterwarnings("ignore")  # pydicom names every odd value
+@pytest.mark.parametrize("name", ["enhanced", "legacy_converted", "no_preamble", "bone_kernel_beside"])
+def test_damage_to_a_header_is_refused_or_no_matter(tmp_path, name):
+    VALID[name](tmp_path / "case")
+    path = min((tmp_path / "case").iterdir())
+    good = path.read_bytes()
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(60):
+        content = bytearray(good)
+        for position in rng.integers(0, good.index(b"\xe0\x7f\x10\x00"), 3):
+            content[position] = rng.integers(256)
+        path.write_bytes(content)
+        try:
+            assert brain_ml(read_scan(tmp_path / "case")) == pytest.approx(BRAIN_ML, rel=0.01)
+        except IchError:
+            refused += 1
+    assert 10 < refused < 60

@@ -148,37 +148,44 @@ def read_images(folder: Path, case_id: str) -> tuple[list[Image], Counter[str]]:
                     "DICOM. Copy it again."
                 )
             continue
-        dataset, syntax = _read_dataset(case_id, path)
-        reason = _why_left_out(case_id, path, dataset)
-        if reason:
-            left_out[reason] += 1
-        elif str(dataset.SOPClassUID) in MULTI_FRAME_CLASSES:
-            images += _frames(case_id, path, dataset, syntax)
-        else:
-            images.append(Image(_flat(dataset), path, syntax))
+        found, reason = _read_file(case_id, path)
+        images += found
+        left_out.update([reason] if reason else [])
     # A frame may be a localizer too.
     slices = [image for image in images if not _no_slice(image.header)]
     left_out.update({"localizer, screen save or dose report": len(images) - len(slices)})
     return slices, +left_out
 
 
-def _read_dataset(case_id: str, path: Path) -> tuple[Any, str]:
+def _read_file(case_id: str, path: Path) -> tuple[list[Image], str | None]:
+    """The slices of a file, or why it is left out."""
     try:
-        _require_bounded(case_id, path)
         with pydicom.config.disable_value_validation():  # it would quote values in warnings
-            names = [*REQUIRED, *OPTIONAL, *FRAME_GROUPS]
-            dataset = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=names)
-            for name in names:
-                dataset.get(name)  # values are parsed when asked for, so damage shows here and nowhere later
-            for name in WHOLE_NUMBERS:
-                int(dataset.get(name) or 0)
-            return dataset, str(dataset.file_meta.get("TransferSyntaxUID", ""))
+            dataset, syntax = _read_dataset(case_id, path)
+            reason = _why_left_out(case_id, path, dataset)
+            if reason:
+                return [], reason
+            if str(dataset.SOPClassUID) in MULTI_FRAME_CLASSES:
+                return _frames(case_id, path, dataset, syntax), None
+            return [Image(_flat(dataset), path, syntax)], None
     except ReadError:
         raise
     except Exception as error:  # pydicom raises many kinds on damaged files, and quotes what it found there
         raise ReadError(
             f"{case_id}: {path.name} cannot be read as DICOM ({type(error).__name__}). Copy it again."
         ) from error
+
+
+def _read_dataset(case_id: str, path: Path) -> tuple[Any, str]:
+    """Elements that are named here, and the UID of the transfer syntax."""
+    _require_bounded(case_id, path)
+    names = [*REQUIRED, *OPTIONAL, *FRAME_GROUPS]
+    dataset = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=names)
+    for name in names:
+        dataset.get(name)  # values are parsed when asked for, so damage shows here and nowhere later
+    for name in WHOLE_NUMBERS:
+        int(dataset.get(name) or 0)
+    return dataset, str(dataset.file_meta.get("TransferSyntaxUID", ""))
 
 
 def _require_bounded(case_id: str, path: Path) -> None:
