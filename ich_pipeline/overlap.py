@@ -25,6 +25,7 @@ LESION_BIN_NAMES = ("under_1ml", "1_to_5ml", "5_to_30ml", "from_30ml")
 # 2023, section IV-A, d, UH data set).
 SLICE_HEIGHTS_PX = (64, 128)
 SLICE_GROUP_NAMES = ("small", "medium", "large")
+SLICE_SCORES = ("dice", "iou", "hausdorff_px")
 # Beyond this a boundary is wrong: about half a thick slice, four pixels.
 NSD_TOLERANCE_MM = 2.0
 
@@ -50,19 +51,26 @@ class LesionCounts:
 
 
 @dataclass(frozen=True)
-class SliceCounts:
-    """Axial slices of one case with blood in the label, by height of the tallest region (SLICE_HEIGHTS_PX).
+class SliceScore:
+    """One axial slice with blood in the label, as a slice-wise network is scored.
 
     Attributes:
-        labelled: slices in each group.
-        hit: of these, slices where the prediction shares a voxel with the label (location accuracy: Li et al., JBHI
-            2021, section III-B, 2).
-        dice: sum of the slices' Dice in each group.
+        height_px: rows of the label's tallest 8-connected region, in pixels of a 512-pixel slice.
+        hit: the prediction shares a pixel with the label (location accuracy: Li et al., JBHI 2021, section III-B, 2).
+        hausdorff_px: between boundary pixels, likewise (Chang et al., JBHI 2023, equation 8); None without prediction.
     """
 
-    labelled: tuple[int, ...]
-    hit: tuple[int, ...]
-    dice: tuple[float, ...]
+    height_px: float
+    hit: bool
+    dice: float
+    iou: float
+    hausdorff_px: float | None
+
+    @property
+    def group(self) -> str:
+        """Name of the group its height is in (SLICE_HEIGHTS_PX)."""
+        low, high = SLICE_HEIGHTS_PX
+        return SLICE_GROUP_NAMES[int(self.height_px >= low) + int(self.height_px > high)]
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class CaseAgreement:
     false_alarm_ml: float | None
     average_precision: float | None
     lesions: LesionCounts
-    slices: SliceCounts
+    slices: tuple[SliceScore, ...]
 
     @property
     def positive(self) -> bool:
@@ -152,7 +160,7 @@ def compare_masks(
         false_alarm_ml=None if n_label else n_pred * to_ml,
         average_precision=None if held is None else average_precision(held),
         lesions=_count_lesions(pred_box, label_box, grid),
-        slices=_count_slices(pred_box, label_box, grid),
+        slices=_score_slices(pred_box, label_box, grid),
     )
 
 
@@ -223,22 +231,35 @@ def _count_lesions(pred: Bools, label: Bools, grid: Grid) -> LesionCounts:
     )
 
 
-def _count_slices(pred: Bools, label: Bools, grid: Grid) -> SliceCounts:
+def _score_slices(pred: Bools, label: Bools, grid: Grid) -> tuple[SliceScore, ...]:
     """Slices with blood in the label: where a slice-wise reader would look."""
     rows, columns = grid.plane_axes
     order = (grid.slice_axis, rows, columns)
     to_512 = 512 / grid.shape[rows]
-    labelled, hit, dice = [0, 0, 0], [0, 0, 0], [0.0, 0.0, 0.0]
+    scores = []
     for found, true in zip(pred.transpose(order), label.transpose(order), strict=True):
         if not true.any():
             continue
-        height_px = _tallest(true) * to_512
-        group = int(height_px >= SLICE_HEIGHTS_PX[0]) + int(height_px > SLICE_HEIGHTS_PX[1])
-        both = int(np.count_nonzero(found & true))
-        labelled[group] += 1
-        hit[group] += both > 0
-        dice[group] += 2 * both / int(np.count_nonzero(found) + np.count_nonzero(true))
-    return SliceCounts(tuple(labelled), tuple(hit), tuple(dice))
+        n_both, n_all = (int(np.count_nonzero(each)) for each in (found & true, found | true))
+        scores.append(
+            SliceScore(
+                height_px=_tallest(true) * to_512,
+                hit=n_both > 0,
+                dice=2 * n_both / (n_both + n_all),
+                iou=n_both / n_all,
+                hausdorff_px=_plane_hausdorff(found, true) * to_512 if found.any() else None,
+            )
+        )
+    return tuple(scores)
+
+
+def _plane_hausdorff(one: Bools, other: Bools) -> float:
+    """Largest distance from a boundary pixel of one plane to the nearest of the other, in pixels."""
+    from scipy.ndimage import binary_erosion
+    from scipy.spatial import cKDTree
+
+    trees = [cKDTree(np.argwhere(plane & ~binary_erosion(plane))) for plane in (one, other)]
+    return float(max(trees[a].query(trees[b].data)[0].max() for a, b in ((0, 1), (1, 0))))
 
 
 def _tallest(plane: Bools) -> int:
@@ -314,8 +335,8 @@ def summarise(
         positives.mean("relative_error", lambda row: row.relative_error),
         positives.mean("rvd", lambda row: row.rvd),
         positives.mean("average_precision", lambda row: row.average_precision),
-        positives.share("location_accuracy", lambda row: (sum(row.slices.hit), sum(row.slices.labelled))),
-        *(positives.slice_dice(g, name) for g, name in enumerate(SLICE_GROUP_NAMES)),
+        positives.share("location_accuracy", lambda row: (sum(each.hit for each in row.slices), len(row.slices))),
+        *(positives.slice_mean(score, group) for score in SLICE_SCORES for group in ("", *SLICE_GROUP_NAMES)),
         positives.share("sensitivity", lambda row: (int(not row.missed), 1)),
         negatives.share("specificity", lambda row: (int(not row.false_alarm_ml), 1)),
         negatives.mean("false_alarm_ml", lambda row: row.false_alarm_ml),
@@ -362,12 +383,14 @@ class _Group:
         estimate = self.resampler.estimate(ratio(parts, wholes))
         return Aggregate(name, self.name, int(wholes.sum()), int((wholes - parts).sum()), estimate)
 
-    def slice_dice(self, group: int, name: str) -> Aggregate:
-        """Mean Dice of the label's slices in one group of heights; missed are those without a common voxel."""
-        slices = [row.slices for row in self.rows]
-        dice, labelled, hit = (
-            np.array([getattr(each, what)[group] for each in slices], dtype=np.float64)
-            for what in ("dice", "labelled", "hit")
-        )
-        estimate = self.resampler.estimate(ratio(dice, labelled))
-        return Aggregate(f"slice_dice_{name}", self.name, int(labelled.sum()), int((labelled - hit).sum()), estimate)
+    def slice_mean(self, score: str, group: str) -> Aggregate:
+        """Mean of a score over the label's slices, all or of one group of heights; the patient is drawn.
+
+        Missed are slices without a common pixel.
+        """
+        chosen = [[each for each in row.slices if group in ("", each.group)] for row in self.rows]
+        held = [[value for each in slices if (value := getattr(each, score)) is not None] for slices in chosen]
+        parts, wholes = np.array([(sum(values), len(values)) for values in held], dtype=np.float64).reshape(-1, 2).T
+        missed = sum(not each.hit for slices in chosen for each in slices)
+        name = f"slice_{score}_{group}" if group else f"slice_{score}"
+        return Aggregate(name, self.name, int(wholes.sum()), missed, self.resampler.estimate(ratio(parts, wholes)))
