@@ -471,7 +471,7 @@ def evaluate(settings: Settings) -> int:
 
     methods, status = [], 0
     for one, bundle, name in zip(each, found, names, strict=True):
-        ended, method = _evaluate_bundle(one, bundle, name, out / name if several else out)
+        ended, method, text = _evaluate_bundle(one, bundle, name, out / name if several else out)
         methods.append(method)
         status = max(status, ended)
     if several:
@@ -479,9 +479,11 @@ def evaluate(settings: Settings) -> int:
 
         text = write_comparison(methods, out)
         write_text(out / "comparison.md", text)
-        print(text)
+    print(text)
     write_paper_tables(methods, out)
     print(out / "paper_tables.md")
+    if not several and settings.run["html"]:
+        print(out / HTML_NAME)
     return status
 
 
@@ -490,8 +492,8 @@ def _unique(names: Sequence[str]) -> list[str]:
     return [name if names.index(name) == n else f"{name}_{names[:n].count(name) + 1}" for n, name in enumerate(names)]
 
 
-def _evaluate_bundle(settings: Settings, bundle: Bundle, name: str, out: Path) -> tuple[int, Any]:
-    """Evaluate one bundle into `out`; the exit status, and what a table needs of it."""
+def _evaluate_bundle(settings: Settings, bundle: Bundle, name: str, out: Path) -> tuple[int, Any, str]:
+    """Evaluate one bundle into `out`; the exit status, the `Method` that tables need of it, and its scores in words."""
     configs = settings.config(bundle, "inference", "evaluate")
 
     from ich_pipeline.evaluation import compare, labelled_cases, write_evaluation
@@ -512,8 +514,8 @@ def _evaluate_bundle(settings: Settings, bundle: Bundle, name: str, out: Path) -
         probabilities=probabilities,
     )
     evaluation = compare(cases, table, regions=regions, probabilities=probabilities, subtypes=settings.run["subtypes"])
-    print(write_evaluation(evaluation, out))
-    _write_html(table, settings)
+    text = write_evaluation(evaluation, out)
+    _write_html(table, settings, say=False)
     if settings.run["tracking"] is not False:
         from ich_pipeline import tracking
 
@@ -535,4 +537,4 @@ def _evaluate_bundle(settings: Settings, bundle: Bundle, name: str, out: Path) -
                     run.log_artifact(out / "pictures" / f"{case_id}.png", "pictures")
     synthetic = "synthetic phantoms, " if Path(manifest).with_name(PHANTOM_FILE).is_file() else ""
     data = f"{synthetic}{Path(manifest).name}, split {split}, {len(cases)} scans"
-    return status, Method(name, data, evaluation)
+    return status, Method(name, data, evaluation), text
