@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ich_pipeline.abc2 import Box, lesion_box
-from ich_pipeline.bootstrap import REPLICATES, Estimate, Floats, Resampler, ratio, weighted_median
+from ich_pipeline.bootstrap import REPLICATES, Estimate, Resampler, ratio, weighted_median
 from ich_pipeline.geometry import Grid, require_same_grid
 from ich_pipeline.precision_recall import average_precision, score_histogram
 from ich_pipeline.records import NativeMask
@@ -134,45 +134,47 @@ def compare_masks(
     """
     require_same_grid(case_id, "prediction", pred.grid, label.grid)
     grid = label.grid
-    pred_box, label_box = _crop_both(pred.values, label.values)
-    n_pred, n_label = int(np.count_nonzero(pred_box)), int(np.count_nonzero(label_box))
-    n_both = int(np.count_nonzero(pred_box & label_box))
-    to_ml = grid.voxel_volume_mm3 / 1000
-    surface = _surface_scores(pred_box, label_box, grid, nsd_tolerance_mm)
-    held = None if probability is None or not n_label else score_histogram(probability, label.values)
+    union = _union_box(pred.values, label.values)
+    pred_box, label_box = pred.values[union] != 0, label.values[union] != 0
+    start = np.array([side.start for side in union])
+    first = int(start[grid.slice_axis])
+    pred_ml, label_ml, both_ml = (
+        grid.foreground_ml(each, first) for each in (pred_box, label_box, pred_box & label_box)
+    )
+    surface = _surface_scores(pred_box, label_box, grid, start, nsd_tolerance_mm)
+    held = None if probability is None or not label_ml else score_histogram(probability, label.values)
     return CaseAgreement(
         case_id=case_id,
         patient_id=patient_id or case_id,
-        label_ml=n_label * to_ml,
-        pred_ml=n_pred * to_ml,
-        error_ml=(n_pred - n_label) * to_ml,
-        relative_error=(n_pred - n_label) / n_label if n_label else None,
-        rvd=abs(n_pred - n_label) / n_label if n_label else None,
-        dice=_share(2 * n_both, n_pred + n_label),
-        iou=_share(n_both, n_pred + n_label - n_both),
+        label_ml=label_ml,
+        pred_ml=pred_ml,
+        error_ml=pred_ml - label_ml,
+        relative_error=(pred_ml - label_ml) / label_ml if label_ml else None,
+        rvd=abs(pred_ml - label_ml) / label_ml if label_ml else None,
+        dice=_share(2 * both_ml, pred_ml + label_ml),
+        iou=_share(both_ml, pred_ml + label_ml - both_ml),
         # An empty side against blood on the other scores 0, not the undefined 0/0.
-        precision=_share(n_both, n_pred if n_pred else n_label),
-        recall=_share(n_both, n_label if n_label else n_pred),
+        precision=_share(both_ml, pred_ml or label_ml),
+        recall=_share(both_ml, label_ml or pred_ml),
         hd95_mm=surface.hd95_mm,
         hausdorff_mm=surface.hausdorff_mm,
         nsd=surface.nsd,
-        missed=n_both == 0 if n_label else None,
-        false_alarm_ml=None if n_label else n_pred * to_ml,
+        missed=both_ml == 0 if label_ml else None,
+        false_alarm_ml=None if label_ml else pred_ml,
         average_precision=None if held is None else average_precision(held),
-        lesions=_count_lesions(pred_box, label_box, grid),
+        lesions=_count_lesions(pred_box, label_box, grid, first),
         slices=_score_slices(pred_box, label_box, grid),
     )
 
 
-def _crop_both(pred: NDArray[np.generic], label: NDArray[np.generic]) -> tuple[Bools, Bools]:
-    """Both masks as bool in the smallest box that holds both; empty arrays when both are empty."""
+def _union_box(pred: NDArray[np.generic], label: NDArray[np.generic]) -> Box:
+    """The smallest box that holds both; an empty one when both are empty."""
     boxes = [box for box in (lesion_box(pred), lesion_box(label)) if box]
     sides = [slice(min(s.start for s in side), max(s.stop for s in side)) for side in zip(*boxes, strict=True)]
-    union: Box = (sides[0], sides[1], sides[2]) if boxes else (slice(0), slice(0), slice(0))
-    return pred[union] != 0, label[union] != 0
+    return (sides[0], sides[1], sides[2]) if boxes else (slice(0, 0), slice(0, 0), slice(0, 0))
 
 
-def _share(part: int, whole: int) -> float:
+def _share(part: float, whole: float) -> float:
     return part / whole if whole else 1.0
 
 
@@ -183,7 +185,7 @@ class _Surface:
     nsd: float
 
 
-def _surface_scores(pred: Bools, label: Bools, grid: Grid, tolerance_mm: float) -> _Surface:
+def _surface_scores(pred: Bools, label: Bools, grid: Grid, start: NDArray[np.intp], tolerance_mm: float) -> _Surface:
     """HD95 (the larger of the two directed 95th percentiles), Hausdorff distance and NSD between boundary voxels.
 
     Distances are between voxel centres in patient space: a distance transform with one spacing per axis is wrong as
@@ -193,7 +195,7 @@ def _surface_scores(pred: Bools, label: Bools, grid: Grid, tolerance_mm: float) 
         return _Surface(None, None, float(pred.any() == label.any()))
     from scipy.spatial import cKDTree
 
-    pred_mm, label_mm = _boundary_mm(pred, grid), _boundary_mm(label, grid)
+    pred_mm, label_mm = (grid.to_mm(_boundary(each) + start) for each in (pred, label))
     to_label_mm, _ = cKDTree(label_mm).query(pred_mm)
     to_pred_mm, _ = cKDTree(pred_mm).query(label_mm)
     hd95_mm, hausdorff_mm = (max(float(np.percentile(d, q)) for d in (to_label_mm, to_pred_mm)) for q in (95, 100))
@@ -201,14 +203,14 @@ def _surface_scores(pred: Bools, label: Bools, grid: Grid, tolerance_mm: float) 
     return _Surface(hd95_mm, hausdorff_mm, within / (len(pred_mm) + len(label_mm)))
 
 
-def _boundary_mm(mask: Bools, grid: Grid) -> Floats:
-    """(n, 3) centres of the voxels with a face on the outside, in mm from the box's first voxel."""
+def _boundary(mask: Bools) -> NDArray[np.intp]:
+    """(n, d) indices of the elements with a face on the outside."""
     from scipy.ndimage import binary_erosion
 
-    return np.argwhere(mask & ~binary_erosion(mask)) @ grid.affine[:3, :3].T
+    return np.argwhere(mask & ~binary_erosion(mask))
 
 
-def _count_lesions(pred: Bools, label: Bools, grid: Grid) -> LesionCounts:
+def _count_lesions(pred: Bools, label: Bools, grid: Grid, first_slice: int) -> LesionCounts:
     """Which 26-connected lesions the two masks share."""
     import cc3d
 
@@ -218,7 +220,10 @@ def _count_lesions(pred: Bools, label: Bools, grid: Grid) -> LesionCounts:
     found = np.zeros(n_label + 1, bool)
     found[label_ids[both]] = True
     true = np.unique(pred_ids[both]).size
-    volume_ml = np.bincount(label_ids.ravel(), minlength=n_label + 1)[1:] * (grid.voxel_volume_mm3 / 1000)
+    extents = grid.slice_extents(first_slice, label.shape[grid.slice_axis])
+    voxel_ml = np.expand_dims(extents, tuple({0, 1, 2} - {grid.slice_axis})) * grid.voxel_volume_mm3 / 1000
+    weights = np.broadcast_to(voxel_ml, label.shape).ravel()
+    volume_ml = np.bincount(label_ids.ravel(), weights, n_label + 1)[1:].round(9)
     bins = np.digitize(volume_ml, LESION_BINS_ML) - 1
     counts = [np.bincount(b, minlength=len(LESION_BINS_ML)).tolist() for b in (bins, bins[found[1:]])]
     return LesionCounts(
@@ -255,10 +260,9 @@ def _score_slices(pred: Bools, label: Bools, grid: Grid) -> tuple[SliceScore, ..
 
 def _plane_hausdorff(one: Bools, other: Bools) -> float:
     """Largest distance from a boundary pixel of one plane to the nearest of the other, in pixels."""
-    from scipy.ndimage import binary_erosion
     from scipy.spatial import cKDTree
 
-    trees = [cKDTree(np.argwhere(plane & ~binary_erosion(plane))) for plane in (one, other)]
+    trees = [cKDTree(_boundary(plane)) for plane in (one, other)]
     return float(max(trees[a].query(trees[b].data)[0].max() for a, b in ((0, 1), (1, 0))))
 
 
