@@ -219,7 +219,7 @@ def _require_inside(where: str, written: str, path: Path, roots: Sequence[Path])
     if not any(path.is_relative_to(root) for root in roots):
         raise ManifestError(
             f"{where}: {written} lies outside {' and '.join(map(str, roots))}, expected a file inside. Put the "
-            f"manifest above the data, or set {DATA_ROOT} to the folder that holds it (several with '{os.pathsep}' between)."
+            f"manifest above the data, or set {DATA_ROOT} to the folder that holds it (several: '{os.pathsep}')."
         )
 
 
