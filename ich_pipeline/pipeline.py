@@ -56,7 +56,7 @@ class Pipeline:
         mask_file = self.masks / f"{scan.case_id}.nii.gz"
         with stage("measure"):
             volumes = with_probability_band(
-                measure(scan.case_id, mask), prediction.probability, self.segmenter.threshold
+                measure(scan.case_id, mask), prediction.probability, self.segmenter.threshold, scan.grid
             )
         with stage("write"):
             write_mask(mask_file, mask.values, scan.grid, scan.forms)
