@@ -45,6 +45,7 @@ FLAG_WORDS = {
     "secondary_image": "The series was derived from another one.",
     "sharp_kernel": "The only series was reconstructed with a kernel for bone or lung, which adds noise.",
     "split_by_acquisition": "The series held several acquisitions; the one without contrast agent was taken.",
+    "uneven_slices": "Slices lie unevenly; each counts for half the way to its neighbours.",
     "units_scaled": "The header was not in millimetres, and was converted.",
 }
 

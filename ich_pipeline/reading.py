@@ -19,12 +19,11 @@ from ich_pipeline.files import files_under
 from ich_pipeline.geometry import Grid
 from ich_pipeline.hounsfield import clean_hu
 from ich_pipeline.manifest import read_manifest
+from ich_pipeline.memory import check_memory
 from ich_pipeline.nifti import NiftiHeader, is_nifti, nifti_stem, read_header, read_voxels
 from ich_pipeline.records import CaseRecord, NativeMask, NiftiForms, Scan
 
 GANTRY_TILT_DEG = 0.5
-# From the file to its mask, with the largest bundle: docs/speed.md has 512 x 512 x 400.
-BYTES_PER_VOXEL = 48
 # Below this angle shear is rounding of the direction cosines, and a qform says the same as the sform.
 NO_SHEAR_DEG = 0.02
 
@@ -41,7 +40,7 @@ def read_scan(path: Path | str, case_id: str | None = None, series: str | None =
         The scan in HU, int16 where that is exact, else float32. Values below -1024 (padding) are raised to -1024, as
         resampling needs; the flag `padding` says so. Other flags: `gantry_tilt` (above 0.5 degrees),
         `nan_outside_head`, `qform_differs`, `pixdim_differs`, `units_scaled`, `duplicate_slices`, `secondary_image`,
-        `contrast_agent`, `sharp_kernel`, `lossy_compression`, `split_by_acquisition`.
+        `contrast_agent`, `sharp_kernel`, `lossy_compression`, `split_by_acquisition`, `uneven_slices`.
 
     Raises:
         ReadError: nothing there, not a head CT in HU, or a file or series that cannot be read whole.
@@ -68,22 +67,6 @@ def read_scan(path: Path | str, case_id: str | None = None, series: str | None =
 def is_dicom_input(path: Path) -> bool:
     """Whether a path is read as DICOM: a folder or a ZIP file that is there."""
     return path.is_dir() or (is_zip(path) and path.is_file())
-
-
-def check_memory(case_id: str, shape: Sequence[int]) -> None:
-    """Refuse a scan that this machine cannot take now: the kernel would end the whole batch, not the case.
-
-    Raises:
-        ReadError: the scan needs more than what is free.
-    """
-    import psutil  # a light command never comes here
-
-    needed, free = BYTES_PER_VOXEL * float(np.prod(shape, dtype=float)), psutil.virtual_memory().available
-    if needed > free:
-        raise ReadError(
-            f"{case_id}: {tuple(shape)} voxels need about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
-            "free. Crop the scan to the head, give thicker slices, or use a machine with more memory."
-        )
 
 
 def read_mask(path: Path | str, case_id: str | None = None) -> tuple[NativeMask, NiftiForms]:

@@ -218,9 +218,21 @@ def slice_location_and_numbers_against_positions(folder):
     save_series(datasets, folder)
 
 
-@invalid(r"slices lie unevenly, 7 x 8\.000, 8 x 12\.000 mm.*no single affine")
+@valid
 def two_zones(folder):
     save_series(head_series(0, [8.0] * 7 + [12.0] * 8), folder)
+
+
+@valid
+def two_zones_under_tilt_and_an_overlap(folder):
+    save_series(head_series(-15, [7.0] * 10 + [2.0] + [9.0] * 9), folder)
+
+
+@invalid(r"slices lie unevenly, 7 x 8\.000, 8 x 12\.000 mm, and are not axial")
+def two_zones_coronal(folder):
+    centres = np.zeros((16, 3))
+    centres[:, 1] = np.concatenate([[0], np.cumsum([8.0] * 7 + [12.0] * 8)]) - 82
+    save_series(ct_slices(centres, np.array([[1.0, 0, 0], [0, 0, -1.0]])), folder)
 
 
 @invalid(r"missing at 1 gap\(s\): 22\.000 mm from -16\.27 to 5\.73 mm along the normal \(image 9 and image 7\)")

@@ -35,7 +35,7 @@ def head_hu(points_ras_mm: NDArray[np.float64]) -> NDArray[np.float64]:
 def grid_points(grid: Grid) -> NDArray[np.float64]:
     """(I, J, K, 3) world position of every voxel."""
     index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), axis=-1)
-    return index @ grid.affine[:3, :3].T + grid.affine[:3, 3]
+    return grid.to_mm(index)
 
 
 def centred(matrix: Any, shape: Sequence[int]) -> NDArray[np.float64]:
@@ -166,7 +166,7 @@ def save_series(datasets: Iterable[FileDataset], folder: Path) -> Path:
 
 def brain_ml(scan: Scan) -> float:
     """Volume of what is neither air nor bone, to be compared with BRAIN_ML."""
-    return float(((scan.image_hu > 0) & (scan.image_hu < 100)).sum() * scan.grid.voxel_volume_mm3 / 1000)
+    return scan.grid.foreground_ml((scan.image_hu > 0) & (scan.image_hu < 100))
 
 
 def head_series(tilt_deg: float = 0, steps_mm: Iterable[float] = (11.0,) * 13) -> list[FileDataset]:

@@ -21,11 +21,12 @@ import pytest
 from dicom_cases import INVALID, VALID
 from heads import bleeding_head, oracle_bundle, save_nifti, write_heads
 
-from ich_pipeline import batch, cli, commands, reading
+from ich_pipeline import batch, cli, commands
 from ich_pipeline.batch import run_batch
 from ich_pipeline.errors import ConfigError, ReadError, reason
 from ich_pipeline.geometry import Grid
 from ich_pipeline.inference import Segmenter
+from ich_pipeline.memory import BYTES_PER_VOXEL
 from ich_pipeline.nifti import nifti_stem
 from ich_pipeline.pipeline import Pipeline
 from ich_pipeline.reading import find_scans
@@ -182,7 +183,7 @@ def test_a_scan_too_large_for_the_memory_fails_alone(segmenter, tmp_path, monkey
     write_heads(tmp_path / "scans", 2)
     large = nib.Nifti1Image(np.zeros((400, 400, 10), np.int16), np.diag([0.5, 0.5, 5, 1]))
     nib.save(large, tmp_path / "scans" / "head0_large.nii.gz")
-    free = SimpleNamespace(available=reading.BYTES_PER_VOXEL * 400 * 400 * 9)
+    free = SimpleNamespace(available=BYTES_PER_VOXEL * 400 * 400 * 9)
     monkeypatch.setattr("psutil.virtual_memory", lambda: free)
     rows, _, _ = run(tmp_path / "scans", tmp_path, segmenter)
     assert [row.status for row in rows] == ["ok", "failed", "ok"]

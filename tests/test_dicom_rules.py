@@ -17,6 +17,8 @@ FLAGS = {
     "enhanced_in_two_files_with_a_copy": {"duplicate_slices"},
     "phases_with_and_without_contrast": {"split_by_acquisition"},
     "padding_range": {"padding"},
+    "two_zones": {"uneven_slices"},
+    "two_zones_under_tilt_and_an_overlap": {"uneven_slices"},
 }
 
 

@@ -15,6 +15,7 @@ from ich_pipeline.dicom.archive import as_folder
 from ich_pipeline.dicom.pixels import stack_hu
 from ich_pipeline.dicom.stack import find_slices, single_grid
 from ich_pipeline.geometry import Grid
+from ich_pipeline.memory import check_memory
 from ich_pipeline.records import SeriesInfo
 
 
@@ -39,14 +40,16 @@ def read_series(path: Path, case_id: str, series: str | None = None) -> Series:
     Raises:
         ReadError: no CT series or several that the rules do not tell apart, several patients or studies, headers that
             leave something out or contradict each other, missing slices, pixels that cannot be decoded, or positions
-            that leave no single affine (the steps are named).
+            that are not on one line.
         GeometryError: a grid that no head CT has.
     """
     with as_folder(path, case_id) as folder:
         slices = find_slices(folder, case_id, series)
         grid = single_grid(slices)
+        check_memory(case_id, grid.shape)
         image_hu, padded = stack_hu(case_id, slices.images)
-    return Series(image_hu, grid, slices.info, slices.flags + (("padding",) if padded else ()))
+    told = {"uneven_slices": grid.slice_positions is not None, "padding": padded}
+    return Series(image_hu, grid, slices.info, slices.flags + tuple(flag for flag, holds in told.items() if holds))
 
 
 def series_grid(path: Path, case_id: str, series: str | None = None) -> Grid:

@@ -59,6 +59,12 @@ class Slices:
         """(K,) positions along the normal, rising."""
         return self.positions_lps_mm @ self.normal
 
+    @property
+    def are_even(self) -> bool:
+        """Whether steps along the normal are one step."""
+        steps_mm = np.diff(self.distances_mm)
+        return bool(np.ptp(steps_mm) <= _step_tolerance_mm(float(np.median(steps_mm))))
+
 
 def find_slices(folder: Path, case_id: str, series: str | None = None) -> Slices:
     """Headers of the CT series to read in a folder, checked and in the order of their positions.
@@ -96,16 +102,16 @@ def find_slices(folder: Path, case_id: str, series: str | None = None) -> Slices
 
 
 def single_grid(slices: Slices) -> Grid:
-    """The affine that all slices share.
+    """The affine that all slices share, and their places where they lie unevenly.
 
     Columns in LPS: row direction x column spacing, column direction x row spacing, and the mean step from position to
     position, which under tilt is not along the normal.
 
     Raises:
-        ReadError: the slices have no single affine; the message names the steps.
+        ReadError: slices that do not lie on one line, or uneven ones that are not axial; the message names the steps.
         GeometryError: a grid that no head CT has.
     """
-    _check_steps(slices)
+    _require_one_line(slices)
     first = slices.images[0].header
     orientation = np.array(first.ImageOrientationPatient, dtype=np.float64)
     row_spacing_mm, column_spacing_mm = (float(n) for n in first.PixelSpacing)
@@ -119,7 +125,18 @@ def single_grid(slices: Slices) -> Grid:
     except GeometryError as error:
         raise GeometryError(f"{slices.case_id}: {error}. Export the series again.") from error
     grid.check_plausible(slices.case_id)
-    return grid
+    return grid if slices.are_even else _uneven(slices, grid)
+
+
+def _uneven(slices: Slices, grid: Grid) -> Grid:
+    """The grid with the places of its slices, in mean steps."""
+    if grid.slice_axis != 2:
+        raise ReadError(
+            f"{slices.case_id}: slices lie unevenly, {describe_steps(slices.distances_mm)}, and are not axial, "
+            "expected equal steps. Give the axial series."
+        )
+    distances_mm = slices.distances_mm - slices.distances_mm[0]
+    return Grid(grid.shape, grid.affine, distances_mm / distances_mm[-1] * (len(distances_mm) - 1))
 
 
 def describe_steps(distances_mm: NDArray[np.float64]) -> str:
@@ -289,19 +306,15 @@ def _step_tolerance_mm(step_mm: float) -> float:
     return max(STEP_TOLERANCE_MM, STEP_TOLERANCE * step_mm)
 
 
-def _check_steps(slices: Slices) -> None:
-    steps_mm = np.diff(slices.distances_mm)
-    tolerance_mm = _step_tolerance_mm(float(np.median(steps_mm)))
-    if np.ptp(steps_mm) > tolerance_mm:
+def _require_one_line(slices: Slices) -> None:
+    """Refuse slices whose positions are not on one line, which under tilt is not the normal."""
+    distances_mm = slices.distances_mm - slices.distances_mm[0]
+    first, last = slices.positions_lps_mm[[0, -1]]
+    aside_mm = slices.positions_lps_mm - (first + np.outer(distances_mm / distances_mm[-1], last - first))
+    tolerance_mm = _step_tolerance_mm(float(np.median(np.diff(distances_mm))))
+    if np.abs(aside_mm).max() > tolerance_mm:
         raise ReadError(
-            f"{slices.case_id}: slices lie unevenly, {describe_steps(slices.distances_mm)}, expected equal steps "
-            f"(within {tolerance_mm:.3g} mm): the series has no single affine. As it is, no volume would be right; "
-            "split it into uniform stacks, or give an even reconstruction."
-        )
-    sideways_mm = np.ptp(np.diff(slices.positions_lps_mm, axis=0), axis=0).max()
-    if sideways_mm > tolerance_mm:
-        raise ReadError(
-            f"{slices.case_id}: slices shift sideways unevenly, by {sideways_mm:.3f} mm from step to step, expected "
-            f"one shift (within {tolerance_mm:.3g} mm): the series has no single affine. Split it into stacks with "
-            "one table position."
+            f"{slices.case_id}: slices lie up to {np.abs(aside_mm).max():.3f} mm beside the line from first to last, "
+            f"expected one line (within {tolerance_mm:.3g} mm): the series has no single affine. Split it into stacks "
+            "with one table position."
         )
