@@ -166,7 +166,7 @@ def test_crop_is_kept_apart_and_zero_outside():
 @pytest.mark.parametrize("axes", ["RAS", "RAI"])
 @pytest.mark.parametrize("n_slices", [24, 25, 28, 31])
 def test_last_group_comes_back_to_where_its_slices_are(n_slices, axes):
-    # 0.6 mm slices averaged by eight: 25 of them leave a group of one. A score that grows evenly to the scan's end comes
+    # 0.6 mm slices averaged by eight: 25 of them leave a group of one. A score that grows evenly comes
     # back as it was between the centres of the first and the last group, and is constant beyond them.
     grid = make_grid((60, 60, n_slices), (2, 2, 0.6), axes=axes)
     height = grid_points(grid)[0, 0, :, 2]
