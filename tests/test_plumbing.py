@@ -116,15 +116,19 @@ class Case:
         return path
 
 
+Spacing = tuple[float, float, float] | None
+FIVE_MM = (5.0, 0.488, 0.488)  # the model grid of the bundles that have a network
+
+
 @cache
-def segmenter(spacing_mm: tuple[float, float, float] | None = None) -> Segmenter:
+def segmenter(spacing_mm: Spacing = None) -> Segmenter:
     bundle = find_bundle("hu_threshold")
     overrides = {"spacing_mm": list(spacing_mm)} if spacing_mm else {}
     return Segmenter(bundle, resolve(bundle, ["inference"], overrides, None)["inference"])
 
 
-def check(case: Case, chosen: Segmenter) -> None:
-    """Segment the case, write and measure the mask, and compare the file with the body in world space."""
+def through(case: Case, chosen: Segmenter) -> tuple[NDArray[np.bool_], NDArray[np.bool_], float]:
+    """Send a case through the whole path: the mask that is written, the body on its grid, and the volume measured."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         path = case.write(folder)
@@ -132,16 +136,22 @@ def check(case: Case, chosen: Segmenter) -> None:
         scan = prediction.scan
         write_mask(folder / "mask.nii.gz", prediction.mask.values, scan.grid, scan.forms)
         mask, original = nib.load(folder / "mask.nii.gz"), nib.load(path)
-        # The mask is NIfTI-1, whose float32 holds what NIfTI-2 says in float64 to a hundred-thousandth of a millimetre.
-        np.testing.assert_allclose(mask.affine, original.affine, rtol=0, atol=1e-5 if "NIfTI-2" in case.kind else 0)
+        # The mask is NIfTI-1, whose float32 holds what NIfTI-2 says in float64 to a ten-thousandth of a millimetre.
+        np.testing.assert_allclose(mask.affine, original.affine, rtol=0, atol=1e-4 if "NIfTI-2" in case.kind else 0)
         found = np.asarray(mask.dataobj) > 0
     body = case.inside(Grid(found.shape, mask.affine))
-    voxel_ml = abs(np.linalg.det(mask.affine[:3, :3])) / 1000
+    return found, body, measure("scan", prediction.mask).volume_ml
+
+
+def check(case: Case, chosen: Segmenter) -> None:
+    """The mask is the body, voxel by voxel in world space, and its volume that of the body."""
+    found, body, volume_ml = through(case, chosen)
+    body_ml = body.sum() * case.grid().voxel_volume_mm3 / 1000
     # The drawing itself is no closer to the body than its voxels are fine.
     analytic_ml = 4 / 3 * np.pi * np.prod(case.semi_axes_mm) / 1000
-    assert body.sum() * voxel_ml == pytest.approx(analytic_ml, rel=0.05)
+    assert body_ml == pytest.approx(analytic_ml, rel=0.05 if analytic_ml > 20 else 0.3)
     assert 2 * (found & body).sum() / (found.sum() + body.sum()) >= 0.98
-    assert measure("scan", prediction.mask).volume_ml == pytest.approx(body.sum() * voxel_ml, rel=0.01)
+    assert volume_ml == pytest.approx(body_ml, rel=0.01)
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
@@ -153,13 +163,16 @@ def test_every_order_of_storage(orientation: str) -> None:
     )
 
 
+@pytest.mark.parametrize("spacing_mm", [None, FIVE_MM], ids=["own model grid", "5 mm"])
 @pytest.mark.parametrize("tilt_deg", [-25.0, -18.5, 0.0, 16.5, 25.0])
 @pytest.mark.parametrize("slice_mm", [0.6, 1.25, 2.5, 3.0, 5.0, 7.0])
-def test_tilt_both_ways_in_thin_and_thick_slices(tilt_deg: float, slice_mm: float) -> None:
-    check(Case(tilt_deg=tilt_deg, slice_mm=slice_mm, pixel_mm=(1.0, 1.0)), segmenter())
+def test_tilt_both_ways_in_thin_and_thick_slices(tilt_deg: float, slice_mm: float, spacing_mm: Spacing) -> None:
+    case = Case(tilt_deg=tilt_deg, slice_mm=slice_mm, pixel_mm=(1.0, 1.0), semi_axes_mm=(24.0, 30.0, 20.0))
+    check(case, segmenter(spacing_mm))
 
 
-@pytest.mark.parametrize(("stored", "kind"), itertools.product(STORED, KINDS))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stored", STORED)
 def test_every_way_of_storing_values(stored: str, kind: str) -> None:
     for byte_order, forms in (("<", "qform"), (">", "both")):
         check(Case("PIR", (1.0, 1.0), 6.0, stored=stored, kind=kind, byte_order=byte_order, forms=forms), segmenter())
@@ -169,12 +182,23 @@ def test_finest_scan() -> None:
     check(Case(pixel_mm=(0.4, 0.4), slice_mm=0.6, tilt_deg=12), segmenter())
 
 
+def ball(volume_ml: float, slice_mm: float) -> Case:
+    radius_mm = (volume_ml * 1000 * 3 / 4 / np.pi) ** (1 / 3)
+    return Case(pixel_mm=(0.7, 0.7), slice_mm=slice_mm, semi_axes_mm=(radius_mm,) * 3, centre_mm=(0.2, -9.3, 0.4))
+
+
 @pytest.mark.parametrize("slice_mm", [0.6, 1.0, 2.5, 5.0])
-@pytest.mark.parametrize("radius_mm", [6.2, 9.0, 13.4])  # 1, 3 and 10 mL
-def test_small_bodies_on_a_fine_model_grid(radius_mm: float, slice_mm: float) -> None:
-    # Of the default 5 mm slices a body of 1 mL has two: averaged there, cut back at one half it is a tenth smaller.
-    small = Case(pixel_mm=(0.7, 0.7), slice_mm=slice_mm, semi_axes_mm=(radius_mm,) * 3, centre_mm=(0.2, -9.3, 0.4))
-    check(small, segmenter((1.0, 0.5, 0.5)))
+@pytest.mark.parametrize("volume_ml", [1, 3, 10])
+def test_small_bodies(volume_ml: float, slice_mm: float) -> None:
+    check(ball(volume_ml, slice_mm), segmenter())
+
+
+@pytest.mark.parametrize(("volume_ml", "loss"), [(1, 0.08), (3, 0.032), (10, 0.013), (30, 0.008)])
+def test_what_five_millimetres_cost_in_thin_slices(volume_ml: float, loss: float) -> None:
+    # A share of one half of a 5 mm slice lies deeper in a ball than the surface does. Not the path, but its model grid.
+    case = ball(volume_ml, 0.625)
+    found, body, _ = through(case, segmenter(FIVE_MM))
+    assert 1 - found.sum() / body.sum() == pytest.approx(loss, rel=0.5)
 
 
 def between(low: float, high: float) -> st.SearchStrategy[float]:
@@ -206,7 +230,7 @@ any_case = given(cases())
 HOW = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 
 
-@settings(max_examples=150, **HOW)
+@settings(max_examples=100, **HOW)
 @any_case
 def test_any_valid_scan(case: Case) -> None:
     check(case, segmenter())
