@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ich_pipeline.dicom import is_dicom, read_series
 from ich_pipeline.errors import ReadError
 from ich_pipeline.geometry import Grid
-from ich_pipeline.hounsfield import clean_hu
+from ich_pipeline.hounsfield import check_head, clean_hu
 from ich_pipeline.manifest import read_manifest
 from ich_pipeline.nifti import NiftiHeader, is_nifti, nifti_stem, read_header, read_voxels
 from ich_pipeline.records import CaseRecord, NativeMask, NiftiForms, Scan
@@ -51,6 +51,7 @@ def read_scan(path: Path | str, case_id: str | None = None) -> Scan:
         header = read_header(path, case_id)
         image_hu, grid, forms, series_uid, flags = _rescaled(header), header.grid, header.forms, None, header.flags
     image_hu, value_flags = clean_hu(case_id, image_hu)
+    check_head(case_id, image_hu, grid)
     if grid.tilt_deg > GANTRY_TILT_DEG:
         flags += ("gantry_tilt",)
     unique_flags = tuple(dict.fromkeys(flags + value_flags))
