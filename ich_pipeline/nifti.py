@@ -277,7 +277,7 @@ def _choose_form(case_id: str, raw: Any, shape: tuple[int, int, int]) -> tuple[A
             f"{case_id}: a tilted series written by dcm2niix, whose sform gives {sform.voxel_volume_mm3:.5g} mm3 a "
             f"voxel where the series has {np.prod(pixdim):.5g}. Give the DICOM folder instead."
         )
-    return sform.affine, ("qform_differs",) if grid_difference(Grid(shape, qform), sform) else ()
+    return sform.affine, ("qform_differs",) if grid_difference(_grid(case_id, shape, qform), sform) else ()
 
 
 def _sform(raw: Any) -> Affine:

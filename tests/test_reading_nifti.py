@@ -204,6 +204,10 @@ class TestForms:
         with pytest.raises(ReadError, match="qform cannot be used"):
             read_scan(path)
 
+    def test_qform_that_is_not_finite_is_refused_beside_an_sform(self, tmp_path):
+        with pytest.raises(GeometryError, match=r"x: affine is not a finite"):
+            read_scan(save(nifti_image(), tmp_path / "x.nii", qform_code=1, qoffset_y=np.inf))
+
     @pytest.mark.parametrize("value", [np.nan, np.inf])
     def test_affine_that_is_not_finite_is_refused(self, tmp_path, value):
         with pytest.raises(GeometryError, match=r"x: affine is not a finite"):
