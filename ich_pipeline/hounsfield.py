@@ -53,7 +53,7 @@ def clean_hu(case_id: str, image_hu: NDArray[np.generic]) -> tuple[NDArray[np.ge
     return image_hu, flags
 
 
-def check_head(case_id: str, image_hu: NDArray[np.generic], grid: Grid) -> None:
+def check_head(case_id: str, image_hu: NDArray[Any], grid: Grid) -> None:
     """Refuse what is in HU and certainly no head.
 
     Certain is only what no head can be: without bone, or with slices of a trunk's size. A knee, a wrist or a small

@@ -58,6 +58,17 @@ def read_scan(path: Path | str, case_id: str | None = None) -> Scan:
     return Scan(case_id, image_hu, grid, forms, path.resolve(), series_uid, unique_flags)
 
 
+def read_grid(path: Path | str) -> Grid:
+    """Grid of a scan; of a NIfTI file only the header is read.
+
+    Raises:
+        ReadError: as `read_scan`.
+        GeometryError: as `read_scan`.
+    """
+    path = Path(path)
+    return read_scan(path).grid if path.is_dir() else read_header(path, default_case_id(path)).grid
+
+
 def read_mask(path: Path | str, case_id: str | None = None) -> tuple[NativeMask, NiftiForms]:
     """Read a mask or label file (NIfTI) on its own grid.
 
