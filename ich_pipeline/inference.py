@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ich_pipeline.bundles import Bundle
 from ich_pipeline.engines import check_hash, pick_device
 from ich_pipeline.errors import ConfigError, own_errors
+from ich_pipeline.quality import fit_flags
 from ich_pipeline.reading import find_scans
 from ich_pipeline.records import CaseRecord, NativeMask, Scan
 from ich_pipeline.transforms import scan_of
@@ -51,6 +52,7 @@ class Prediction:
         scan: as it was read.
         mask: uint8 0 or 1 on the scan's grid.
         probability: (I, J, K) float32 on the scan's grid, before the threshold.
+        flags: of the weights, and where the scan does not fit the bundle (quality.py).
         regions: where a cascade's first stage found something, on the scan's grid; None where none was asked for, or
             the bundle has no such stage.
     """
@@ -58,6 +60,7 @@ class Prediction:
     scan: Scan
     mask: NativeMask
     probability: NDArray[np.float32]
+    flags: tuple[str, ...] = ()
     regions: NativeMask | None = None
 
 
@@ -67,11 +70,13 @@ class Segmenter:
     The config's own `SaveImaged` is left out, as MONAI Label does: the caller decides where masks go.
 
     Args:
-        bundle: with weights.
+        bundle: with weights, or one that needs none.
         config: `inference.yaml` with overrides applied (`bundles.resolve`).
 
     Attributes:
+        weights_sha256: None of a bundle that needs no weights.
         threshold: of the probability, above which a voxel belongs to the mask.
+        trained_slice_mm: least and largest slice spacing of the training scans; None where the metadata do not say.
         flags: what a reader of a result should know of the weights: `phantom_weights` were trained on phantoms.
 
     Raises:
@@ -79,17 +84,18 @@ class Segmenter:
     """
 
     def __init__(self, bundle: Bundle, config: Mapping[str, Any]) -> None:
-        if bundle.weights is None:
+        if bundle.weights is None and bundle.needs_weights:
             raise ConfigError(
                 f"{bundle.name} has no weights. Train it (ich-pipeline train bundle={bundle.name} data=MANIFEST) or "
                 "name the folder of a trained bundle."
             )
         self.bundle = bundle
-        self.weights_sha256 = check_hash(bundle.weights)
+        self.weights_sha256 = check_hash(bundle.weights) if bundle.weights else None
+        self.trained_slice_mm = bundle.metadata.get("trained_slice_mm")
         self.flags = ("phantom_weights",) if bundle.metadata.get("trained_on_phantoms") else ()
         parser = ConfigParser({**config, "bundle_root": str(bundle.path)})
         with own_errors():
-            if Path(parser.get_parsed_content("weights")).resolve() != bundle.weights.resolve():
+            if bundle.weights and Path(parser.get_parsed_content("weights")).resolve() != bundle.weights.resolve():
                 raise ConfigError(
                     f"weights={config['weights']}: results name the weights of their bundle. Give the folder of the "
                     "bundle that holds them: bundle=FOLDER."
@@ -137,7 +143,9 @@ class Segmenter:
             probability = np.asarray(data["pred"][0])
             mask = np.asarray(self.thresholding(data)["pred"][0]).astype(np.uint8)
             regions = self._native_regions(loaded) if with_regions else None
-            return Prediction(loaded.scan, NativeMask(mask, loaded.scan.grid), probability, regions)
+            model_affine = np.asarray(loaded.data["image"].affine)
+            flags = self.flags + fit_flags(loaded.scan.grid, model_affine, self.trained_slice_mm)
+            return Prediction(loaded.scan, NativeMask(mask, loaded.scan.grid), probability, flags, regions)
 
     def _native_regions(self, loaded: Loaded) -> NativeMask | None:
         """What a cascade's first stage found in the last call."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from ich_pipeline.inference import Loaded, Prediction, Segmenter
 from ich_pipeline.pictures import montage, write_png
+from ich_pipeline.quality import scan_flags
 from ich_pipeline.records import CaseRecord
 from ich_pipeline.report import CaseRow
 from ich_pipeline.restoring import write_mask
@@ -65,18 +66,21 @@ class Pipeline:
             if self.probabilities:
                 eight_bits = np.rint(prediction.probability * 255).astype(np.uint8)
                 write_mask(self.probabilities / mask_file.name, eight_bits, scan.grid, scan.forms)
+        with stage("quality"):
+            border = ("touches_border",) if volumes.touches_border else ()
+            flags = scan.flags + prediction.flags + scan_flags(scan.image_hu, scan.grid) + border
         if self.pictures:
             with stage("picture"):
-                picture = montage(scan.image_hu, mask, case_id=scan.case_id, report=volumes)
+                picture = montage(scan.image_hu, mask, case_id=scan.case_id, report=volumes, flags=flags)
                 write_png(self.pictures / f"{scan.case_id}.png", picture)
         return CaseRow(
             case_id=scan.case_id,
             status="ok",
-            flags=scan.flags + self.segmenter.flags,
+            flags=flags,
             image=scan.source,
             mask=mask_file,
             report=volumes,
             bundle=self.segmenter.bundle.name,
-            weights_sha256=self.segmenter.weights_sha256,
+            weights_sha256=self.segmenter.weights_sha256 or "",
             extra=scan.series.columns() if scan.series else {},
         )

@@ -17,7 +17,7 @@ from ich_pipeline.dicom.headers import is_dicom
 from ich_pipeline.errors import ReadError
 from ich_pipeline.files import files_under
 from ich_pipeline.geometry import Grid
-from ich_pipeline.hounsfield import clean_hu
+from ich_pipeline.hounsfield import check_head, clean_hu
 from ich_pipeline.manifest import read_manifest
 from ich_pipeline.memory import check_memory
 from ich_pipeline.nifti import NiftiHeader, is_nifti, nifti_stem, read_header, read_voxels
@@ -58,6 +58,7 @@ def read_scan(path: Path | str, case_id: str | None = None, series: str | None =
         check_memory(case_id, header.grid.shape)
         image_hu, grid, forms, info, flags = _rescaled(header), header.grid, header.forms, None, header.flags
     image_hu, value_flags = clean_hu(case_id, image_hu)
+    check_head(case_id, image_hu, grid)
     if grid.tilt_deg > GANTRY_TILT_DEG:
         flags += ("gantry_tilt",)
     unique_flags = tuple(dict.fromkeys(flags + value_flags))
@@ -67,6 +68,17 @@ def read_scan(path: Path | str, case_id: str | None = None, series: str | None =
 def is_dicom_input(path: Path) -> bool:
     """Whether a path is read as DICOM: a folder or a ZIP file that is there."""
     return path.is_dir() or (is_zip(path) and path.is_file())
+
+
+def read_grid(path: Path | str) -> Grid:
+    """Grid of a scan; of a NIfTI file only the header is read.
+
+    Raises:
+        ReadError: as `read_scan`.
+        GeometryError: as `read_scan`.
+    """
+    path = Path(path)
+    return read_scan(path).grid if path.is_dir() else read_header(path, default_case_id(path)).grid
 
 
 def read_mask(path: Path | str, case_id: str | None = None) -> tuple[NativeMask, NiftiForms]:
