@@ -30,7 +30,9 @@ RESAMPLING_FACTOR = 3.0
 
 
 def scan_flags(image_hu: NDArray[Any], grid: Grid) -> tuple[str, ...]:
-    """Suspicions from the image alone: `metal`, `contrast`, `motion`.
+    """Suspicions from the image alone: `metal_suspected`, `contrast_suspected`, `motion_suspected`.
+
+    Motion is not looked for in uneven slices: where their distance changes, so does the outline.
 
     Args:
         image_hu: (I, J, K) Hounsfield units.
@@ -47,7 +49,7 @@ def scan_flags(image_hu: NDArray[Any], grid: Grid) -> tuple[str, ...]:
     found = {
         "metal_suspected": np.count_nonzero(sample_hu >= METAL_HU) * voxel_ml >= METAL_ML,
         "contrast_suspected": _longest_vessel_mm(sample_hu, skull, inside, edge_mm) >= VESSEL_MM,
-        "motion_suspected": _largest_jump_mm(inside, edge_mm, slices_up) >= JUMP_MM,
+        "motion_suspected": grid.slice_positions is None and _largest_jump_mm(inside, edge_mm, slices_up) >= JUMP_MM,
     }
     return tuple(flag for flag, is_so in found.items() if is_so)
 

@@ -235,6 +235,13 @@ def two_zones_coronal(folder):
     save_series(ct_slices(centres, np.array([[1.0, 0, 0], [0, 0, -1.0]])), folder)
 
 
+@invalid(r"slices differ in BitsStored and HighBit: 13 x \(16\.0, 15\.0\), 1 x \(7\.0, 15\.0\)")
+def one_slice_with_other_bits(folder):
+    datasets = head_series()
+    datasets[4].BitsStored = 7
+    save_series(datasets, folder)
+
+
 @invalid(r"missing at 1 gap\(s\): 22\.000 mm from -16\.27 to 5\.73 mm along the normal \(image 9 and image 7\)")
 def missing_slice(folder):
     datasets = head_series()

@@ -298,7 +298,7 @@ def check_nifti(scan: Scan, path: Path) -> None:
 TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Modality", "ImageType"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "AcquisitionNumber"),
-    *("Rows", "Columns", "BitsAllocated", "PixelRepresentation", "SamplesPerPixel"),
+    *("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel"),
     *("PhotometricInterpretation", "RescaleSlope", "RescaleIntercept", "RescaleType", "PixelData", "NumberOfFrames"),
 )
 
@@ -372,13 +372,15 @@ def check_dicom(scan: Scan, folder: Path) -> None:
     for file in folder.iterdir():
         try:
             d = pydicom.dcmread(file, force=True)
+            if "TransferSyntaxUID" not in d.file_meta:  # that element is what was damaged: pixels are plain
+                d.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
             image_hu = d.pixel_array.astype(float) * float(d.RescaleSlope) + float(d.RescaleIntercept)
             slices.append((np.array(d.ImagePositionPatient, float) * [-1, -1, 1], np.maximum(image_hu.T, -1024)))
         except Exception:  # a file that is no slice, which the reader may pass over
             continue
     for k in range(scan.grid.shape[2]):
-        corner_mm = scan.grid.affine @ [0, 0, k, 1]
-        off_mm = [float(np.linalg.norm(position - corner_mm[:3])) for position, _ in slices]
+        corner_mm = scan.grid.to_mm(np.array([0, 0, k]))
+        off_mm = [float(np.linalg.norm(position - corner_mm)) for position, _ in slices]
         nearest = int(np.argmin(off_mm))
         assert off_mm[nearest] < 0.06, f"slice {k} lies {off_mm[nearest]:.3g} mm from any file"
         np.testing.assert_allclose(scan.image_hu[..., k], slices[nearest][1], atol=0.01, err_msg=f"slice {k}")

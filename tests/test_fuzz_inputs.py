@@ -25,7 +25,7 @@ def test_damaged_files_are_read_right_or_refused(kind: str, cases: int) -> None:
     ("kind", "cases"),
     [
         ("nifti", 100_000),
-        pytest.param("dicom", 4000, marks=pytest.mark.xfail(reason="case 2637: NotImplementedError by pydicom")),
+        ("dicom", 4000),
     ],
 )
 def test_very_many_damaged_files(kind: str, cases: int) -> None:

@@ -88,6 +88,12 @@ def test_a_step_of_the_head(head, by_mm: float, expected: tuple[str, ...]) -> No
     assert scan_flags(turned, Grid(turned.shape, affine)) == expected
 
 
+def test_uneven_slices_are_not_asked_for_motion(head) -> None:
+    image_hu, grid = head
+    positions = np.linspace(0, 1, grid.shape[grid.slice_axis]) ** 1.1 * (grid.shape[grid.slice_axis] - 1)
+    assert scan_flags(moved(image_hu, grid, 6), Grid(grid.shape, grid.affine, positions)) == ()
+
+
 def test_an_image_without_bone_has_no_flag() -> None:
     grid = Grid((60, 60, 10), np.diag([2.0, 2, 5, 1]))
     assert scan_flags(np.full(grid.shape, 30, np.int16), grid) == ()
