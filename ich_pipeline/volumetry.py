@@ -225,8 +225,21 @@ def _sphere_radius_mm(volume_ml: float) -> float:
     return float((1000 * volume_ml * 3 / (4 * pi)) ** (1 / 3))
 
 
-def _measure_lesions(stack: SliceStack, whole: Abc2, kinds: NDArray[np.uint8] | None) -> tuple[LesionReport, ...]:
-    """The 26-connected parts of a stack, largest first."""
+def label_lesions(mask: NativeMask) -> NDArray[np.uint32]:
+    """(I, J, K) number of the lesion that each voxel belongs to, as in `LesionReport.lesion`; 0 outside."""
+    numbers = np.zeros(mask.grid.shape, np.uint32)
+    box = lesion_box(mask.values)
+    if box is not None:
+        stack = slice_stack(mask, box)
+        labels, _, order = _rank_lesions(stack)
+        rank = np.zeros(len(order) + 1, np.uint32)
+        rank[order] = np.arange(1, len(order) + 1)
+        numbers[box] = rank[labels].transpose(np.argsort(stack.axes))
+    return numbers
+
+
+def _rank_lesions(stack: SliceStack) -> tuple[NDArray[Any], dict[str, Any], list[int]]:
+    """The 26-connected parts of a stack, their statistics by label, and the labels in the order of lesions."""
     import cc3d  # here, so that tables can be read and written without it
 
     labels = cc3d.connected_components(stack.values, connectivity=26)
@@ -235,6 +248,13 @@ def _measure_lesions(stack: SliceStack, whole: Abc2, kinds: NDArray[np.uint8] | 
     centroids_mm = stack.to_mm(found["centroids"])
     # Position breaks ties of volume in patient coordinates, rounded so that arithmetic noise cannot.
     order = sorted(range(1, len(voxels)), key=lambda n: (-int(voxels[n]), *_down_back_left(centroids_mm[n])))
+    return labels, found, order
+
+
+def _measure_lesions(stack: SliceStack, whole: Abc2, kinds: NDArray[np.uint8] | None) -> tuple[LesionReport, ...]:
+    """The 26-connected parts of a stack, largest first."""
+    labels, found, order = _rank_lesions(stack)
+    voxels, centroids_mm = found["voxel_counts"], stack.to_mm(found["centroids"])
     lesions = []
     for rank, n in enumerate(order, start=1):
         box = found["bounding_boxes"][n]
