@@ -1,7 +1,7 @@
 """A mask as DICOM SEG and its volumes as DICOM SR, beside the NIfTI mask and for the study that the scan came from.
 
-DICOM PS3.3 A.51 (Segmentation) and A.35.13 (Comprehensive 3D SR), PS3.16 TID 1500 (Measurement Report). Each frame of the
-SEG names the slice that it lies on and has that slice's own position, so tilt and uneven steps need no resampling.
+DICOM PS3.3 A.51 (Segmentation) and A.35.13 (Comprehensive 3D SR), PS3.16 TID 1500 (Measurement Report). Each frame of
+the SEG names the slice that it lies on and has that slice's own position, so tilt and uneven steps need no resampling.
 Patient and study of the source are copied into both, which is what files them under the patient; an error here never
 quotes a header. highdicom is imported where a file is made: it takes half a second.
 """
@@ -18,15 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom import config
 from pydicom.dataset import Dataset
-from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
-from pydicom.uid import generate_uid
+from pydicom.uid import SegmentationStorage, generate_uid
 
 from ich_pipeline import __version__
-from ich_pipeline.dicom import STEP_TOLERANCE, STEP_TOLERANCE_MM, Slices
+from ich_pipeline.dicom import STEP_TOLERANCE, STEP_TOLERANCE_MM, Slices, find_slices
 from ich_pipeline.errors import GeometryError, IchError, ReadError
-from ich_pipeline.files import atomic_path
-from ich_pipeline.volumetry import LesionReport, VolumeReport
+from ich_pipeline.files import SEG_SUFFIX, SR_SUFFIX, atomic_path
+from ich_pipeline.records import NativeMask, Scan
+from ich_pipeline.volumetry import LesionReport, VolumeReport, label_lesions
 
 # A lesion is a segment, whose frames take Rows x Columns / 8 bytes for each slice that it is on. Of more lesions than
 # this, the smallest share the last segment: thousands of specks would make gigabytes that no viewer opens.
@@ -45,16 +45,23 @@ REFERRED_TO = (
 )
 LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 
+# Written out: pydicom's names of codes change between its versions.
+CATEGORY = Code("49755003", "SCT", "Morphologically Abnormal Structure")
+FINDING = Code("50960005", "SCT", "Hemorrhage")
+SITE = Code("1101003", "SCT", "Intracranial")
+PROCEDURE = Code("303653007", "SCT", "Computed tomography of head")
+VOLUME, MILLILITRE = Code("118565006", "SCT", "Volume"), Code("mL", "UCUM", "milliliter")
+N_LESIONS, NO_UNITS = Code("246206008", "SCT", "Number of lesions"), Code("1", "UCUM", "no units")
+DEVICE = Code("121007", "DCM", "Device")
 OWN_SCHEME = "99ICHPIPELINE"  # PS3.16 8.2: 99 marks a private scheme
+TRAINED = Code("123110", "DCM", "Artificial Intelligence")
 FIXED_RULE = Code("FIXED-RULE", OWN_SCHEME, "Fixed rule without trained weights")
 METHODS = {  # column of volumes.csv and lesions.csv: how that volume was made
-    "volume_ml": codes.DCM.SumOfSegmentedVoxelVolumes,
+    "volume_ml": Code("126030", "DCM", "Sum of segmented voxel method for volume"),
     "abc2_ml": Code("ABC2", OWN_SCHEME, "ABC/2"),
     "abc2_kothari_ml": Code("ABC2-KOTHARI", OWN_SCHEME, "ABC/2, slices weighted by area (Kothari 1996)"),
     "tada_ml": Code("TADA", OWN_SCHEME, "Tada, pi/6 ABC"),
 }
-MILLILITRE = Code("mL", "UCUM", "milliliter")
-CATEGORY, FINDING, SITE = codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Hemorrhage, codes.SCT.Intracranial
 
 
 @dataclass(frozen=True)
@@ -131,8 +138,42 @@ def measurement_report(slices: Slices, report: VolumeReport, algorithm: Algorith
         return _measurement_report(slices, report, algorithm, seg)
 
 
-def write_dicom(path: Path, dataset: Dataset) -> None:
-    """Write a DICOM file, whole or not at all."""
+def write_results(folder: Path, scan: Scan, mask: NativeMask, report: VolumeReport, algorithm: Algorithm) -> None:
+    """Write `<case_id>.seg.dcm` (none for an empty mask) and `<case_id>.sr.dcm` of a scan that came from DICOM.
+
+    Args:
+        folder: of the files.
+        scan: whose source still holds its series; the headers are read again.
+        mask: on the scan's grid.
+        report: of the mask.
+        algorithm: that made it.
+
+    Raises:
+        ReadError: as `segmentation`, or the source holds another series by now.
+    """
+    slices = find_slices(scan.source, scan.case_id)
+    if str(slices.datasets[0].SeriesInstanceUID) != scan.series_uid:
+        raise ReadError(
+            f"{scan.case_id}: {scan.source.name} holds another series than when it was read. Run the command again "
+            "when nothing writes there."
+        )
+    seg = segmentation(slices, label_lesions(mask), report, algorithm)
+    document = measurement_report(slices, report, algorithm, seg)
+    seg_file = folder / f"{scan.case_id}{SEG_SUFFIX}"
+    if seg is None:
+        seg_file.unlink(missing_ok=True)
+    else:
+        _write(seg_file, seg)
+    _write(folder / f"{scan.case_id}{SR_SUFFIX}", document)
+
+
+def are_complete(mask_file: Path, n_lesions: int) -> bool:
+    """Whether what `write_results` leaves is there, beside a mask of that many lesions."""
+    stem = mask_file.name.removesuffix(".nii.gz")
+    return all(mask_file.with_name(stem + suffix).is_file() for suffix in [SR_SUFFIX] + [SEG_SUFFIX] * bool(n_lesions))
+
+
+def _write(path: Path, dataset: Dataset) -> None:
     with atomic_path(path) as temporary:
         dataset.save_as(temporary)
 
@@ -203,12 +244,12 @@ def _segmentation(
 
 
 def _measurement_report(slices: Slices, report: VolumeReport, algorithm: Algorithm, seg: Dataset | None) -> Dataset:
-    import highdicom as hd
     from highdicom import sr
+    from highdicom.coding_schemes import CodingSchemeIdentificationItem
 
-    parts = _parts(report)
+    seg_uid, segments = (seg.SOPInstanceUID, seg.SegmentSequence) if seg else ("", ())
     evidence = [_reference(dataset, 0, even=False) for dataset in slices.datasets]
-    identity = _identity(slices, algorithm, seg.SOPInstanceUID if seg else "", *astuple(report))
+    identity = _identity(slices, algorithm, seg_uid, *astuple(report))
     made_by = sr.AlgorithmIdentification(
         name=algorithm.bundle,
         version=algorithm.version,
@@ -223,10 +264,9 @@ def _measurement_report(slices: Slices, report: VolumeReport, algorithm: Algorit
 
     def measurements(ml: dict[str, float], n_lesions: int) -> list[Any]:
         volumes = [
-            sr.Measurement(codes.SCT.Volume, round(value, 6), MILLILITRE, method=METHODS[column])
-            for column, value in ml.items()
+            sr.Measurement(VOLUME, round(value, 6), MILLILITRE, method=METHODS[column]) for column, value in ml.items()
         ]
-        return [*volumes, sr.Measurement(codes.SCT.NumberOfLesions, n_lesions, codes.UCUM.NoUnits)]
+        return [*volumes, sr.Measurement(N_LESIONS, n_lesions, NO_UNITS)]
 
     whole = sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(_uid(identity, "whole"), "Hemorrhage, whole"),
@@ -238,15 +278,15 @@ def _measurement_report(slices: Slices, report: VolumeReport, algorithm: Algorit
         sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
             tracking_identifier=sr.TrackingIdentifier(segment.TrackingUID, segment.TrackingID),
             referenced_segment=sr.ReferencedSegment(
-                seg.SOPClassUID,
-                seg.SOPInstanceUID,
+                SegmentationStorage,
+                seg_uid,
                 segment.SegmentNumber,
                 source_series=sr.SourceSeriesForSegmentation(evidence[0].SeriesInstanceUID),
             ),
             measurements=measurements({column: part.ml(column) for column in METHODS}, len(part.lesions)),
             **about,
         )
-        for part, segment in zip(parts, seg.SegmentSequence if seg else (), strict=True)
+        for part, segment in zip(_parts(report), segments, strict=True)
     ]
     device = sr.DeviceObserverIdentifyingAttributes(
         uid=generate_uid(entropy_srcs=[PRODUCT, *astuple(algorithm)]),
@@ -255,10 +295,8 @@ def _measurement_report(slices: Slices, report: VolumeReport, algorithm: Algorit
         model_name=algorithm.bundle,
     )
     content = sr.MeasurementReport(
-        observation_context=sr.ObservationContext(
-            observer_device_context=sr.ObserverContext(codes.DCM.Device, device)
-        ),
-        procedure_reported=codes.SCT.ComputedTomographyOfHead,
+        observation_context=sr.ObservationContext(observer_device_context=sr.ObserverContext(DEVICE, device)),
+        procedure_reported=PROCEDURE,
         imaging_measurements=[whole, *groups],
     )
     document = sr.Comprehensive3DSR(
@@ -269,9 +307,7 @@ def _measurement_report(slices: Slices, report: VolumeReport, algorithm: Algorit
         sop_instance_uid=_uid(identity, "SR"),
         instance_number=1,
         is_complete=True,  # nobody has verified it, and it is preliminary
-        coding_schemes=[
-            hd.sr.CodingSchemeIdentificationItem(OWN_SCHEME, name=PRODUCT, responsible_organization=PRODUCT)
-        ],
+        coding_schemes=[CodingSchemeIdentificationItem(OWN_SCHEME, name=PRODUCT, responsible_organization=PRODUCT)],
         **_equipment(algorithm, "volumes"),
     )
     _copy_patient(document, slices)
@@ -365,7 +401,7 @@ def _equipment(algorithm: Algorithm, what: str) -> dict[str, Any]:
 
 
 def _family(algorithm: Algorithm) -> Code:
-    return codes.DCM.ArtificialIntelligence if algorithm.weights_sha256 else FIXED_RULE
+    return TRAINED if algorithm.weights_sha256 else FIXED_RULE
 
 
 def _identity(slices: Slices, algorithm: Algorithm, *rest: Any) -> str:

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Results of a DICOM scan, beside its mask: `<case_id>.seg.dcm`, `<case_id>.sr.dcm`.
+SEG_SUFFIX, SR_SUFFIX = ".seg.dcm", ".sr.dcm"
+
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:

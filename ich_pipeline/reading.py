@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ich_pipeline.dicom import is_dicom, read_series
 from ich_pipeline.errors import ReadError
+from ich_pipeline.files import SEG_SUFFIX, SR_SUFFIX
 from ich_pipeline.geometry import Grid
 from ich_pipeline.hounsfield import clean_hu
 from ich_pipeline.manifest import read_manifest
@@ -121,13 +122,16 @@ def _scans_under(root: Path) -> list[Path]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         files = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
         nifti += [file for file in files if is_nifti(file) and not _is_second_of_pair(file)]
-        first = next(
-            (file for file in files if not is_nifti(file) and file.name != "DICOMDIR" and is_dicom(file)), None
-        )
+        first = next((file for file in files if not _is_no_slice(file) and is_dicom(file)), None)
         if first:
             folders_of[_series_uid(first)].append(Path(folder))
     series = [Path(os.path.commonpath(folders)) for folders in folders_of.values()]
     return sorted({*nifti, *series})
+
+
+def _is_no_slice(file: Path) -> bool:
+    """Whether the name says that a file is no slice: a folder of masks holds their SEG and SR as well."""
+    return is_nifti(file) or file.name == "DICOMDIR" or file.name.endswith((SEG_SUFFIX, SR_SUFFIX))
 
 
 def _is_second_of_pair(file: Path) -> bool:
