@@ -104,8 +104,6 @@ def segment_cases(
     from ich_pipeline.pipeline import Pipeline
 
     resolved = {"run": settings.run, "inference": config}
-    if settings.run["dicom"] not in ("auto", False):  # before anything heavy is loaded
-        raise ConfigError(f"dicom={settings.run['dicom']}: expected auto or false")
     _check_targets(cases, masks)
     done = [] if settings.run["overwrite"] else _done_before(table, cases, resolved, bundle)
     report = report or RunReport(resolved)
