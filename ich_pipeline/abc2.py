@@ -30,7 +30,7 @@ class Abc2:
     Attributes:
         a_mm: longest diameter, on pixel corners, in the index slice (the one with the largest area).
         b_mm: caliper width across it in the same slice.
-        c_mm: slice spacing x number of slices that hold the object.
+        c_mm: slice spacing x number of slices that hold the object; of uneven slices the sum of their extents.
         c_kothari_mm: the same with each slice weighted by its area.
         n_slices: slices that hold the object.
         index_slice: array index of the index slice along the grid's slice axis.
@@ -88,8 +88,11 @@ class SliceStack:
 
     def to_mm(self, index: NDArray[np.float64]) -> NDArray[np.float64]:
         """(..., 3) positions in `values`, voxel centres being whole numbers, to RAS+ mm."""
-        affine = self.grid.affine
-        return (index + self.start) @ affine[:3, self.axes].T + affine[:3, 3]
+        return self.grid.to_mm((index + self.start)[..., np.argsort(self.axes)])
+
+    def ml(self, values: NDArray[np.generic], margin: int = 0) -> float:
+        """Millilitres of the non-zero voxels of `values`, which fills the box, or it and a margin around it."""
+        return self.grid.foreground_ml(values, self.start[0] - margin, slice_axis=0)
 
     @property
     def touches_border(self) -> bool:
@@ -151,12 +154,13 @@ def measure_stack(stack: SliceStack) -> Abc2:
     # Whole numbers: 75 % and 25 % of the largest area are compared exactly.
     weights = np.where(4 * areas >= 3 * largest, 1.0, np.where(4 * areas >= largest, 0.5, 0.0))
     spacing_mm = stack.grid.slice_spacing_mm
+    extents = stack.grid.slice_extents(stack.start[0], len(areas))
     n_slices = int(np.count_nonzero(areas))
     return Abc2(
         a_mm=calipers.a_mm,
         b_mm=calipers.b_mm,
-        c_mm=spacing_mm * n_slices,
-        c_kothari_mm=spacing_mm * float(weights.sum()),
+        c_mm=spacing_mm * float(extents[areas > 0].sum()),
+        c_kothari_mm=spacing_mm * float(extents @ weights),
         n_slices=n_slices,
         index_slice=k + stack.start[0],
     )

@@ -1,5 +1,6 @@
 """The command line: parse, call one function, set the exit status. Nothing heavy is imported before it is needed."""
 
+import errno
 import logging
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from ich_pipeline import __version__
 from ich_pipeline.errors import ConfigError, IchError, own_errors
 
 OK, SOME_FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 130
+# A disk that is full, over its quota or failing: the call was right, and can go on when there is room.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
     add_completion=False,
@@ -255,6 +258,15 @@ def main(argv: list[str] | None = None) -> None:
     except (PermissionError, NotADirectoryError) as error:
         print(f"error: {error.filename}: {error.strerror}. Give another path, or the right to use it.", file=sys.stderr)
         status = WRONG_CALL
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        print(
+            f"error: {error.filename or 'writing'}: {error.strerror}. What was finished before is whole; make room, "
+            "and the same command goes on (train: with resume=true).",
+            file=sys.stderr,
+        )
+        status = SOME_FAILED
     except Exception as error:
         status = _usage(error)
     if status == INTERRUPTED:  # typer makes this status of Ctrl-C

@@ -120,14 +120,14 @@ def _number(table: Path, line: int, name: str, cell: str | None) -> float | None
         raise ManifestError(f"{table} row {line}: {name} is {cell!r}, expected a number or nothing.") from None
 
 
-def write_cohort(cohort: Cohort, out: Path, *, plots: Mapping[str, str] | None = None) -> str:
+def write_cohort(cohort: Cohort, out: Path, *, plots: Mapping[str, str] | None = None) -> tuple[str, dict[str, str]]:
     """Write `agreement.csv` (a row a statistic) and, for every estimate, a Bland-Altman and a scatter plot.
 
     Args:
         plots: name of an estimate to what stands before its plots' names; by default every estimate, by its own name.
 
     Returns:
-        Markdown: all cases, estimates side by side; then each estimate, groups side by side.
+        Markdown of all cases, estimates side by side; and by estimate that of its groups, side by side.
     """
     agreements = cohort.agreements()
     write_csv_rows(out / "agreement.csv", _csv_rows(agreements), _CSV_COLUMNS)
@@ -141,10 +141,11 @@ def write_cohort(cohort: Cohort, out: Path, *, plots: Mapping[str, str] | None =
     text = f"Against {cohort.reference_name}. Brackets: 95 % bootstrap interval over patients.\n\n"
     text += agreement_markdown(agreements[ALL])
     by_group = {name: found for name, found in agreements.items() if name != ALL}
-    for estimate in cohort.estimates_ml if by_group else ():
-        text += f"\n{estimate}, by group of the reference:\n\n"
-        text += agreement_markdown({name: found[estimate] for name, found in by_group.items()})
-    return text
+    return text, {
+        estimate: f"\n{estimate}, by group of the reference:\n\n"
+        + agreement_markdown({name: found[estimate] for name, found in by_group.items()})
+        for estimate in (cohort.estimates_ml if by_group else ())
+    }
 
 
 _CSV_COLUMNS = ("group", "estimate", "statistic", "value", "low", "high", "n", "n_patients", "missing")

@@ -248,7 +248,8 @@ def agree(table: Path, reference: str, estimates: Sequence[str], out: Path) -> i
 
     report = RunReport({"table": str(table), "reference": reference, "estimates": list(estimates)})
     report.add_input(table)
-    text = write_cohort(read_cohort(table, reference, estimates), out)
+    overall, by_group = write_cohort(read_cohort(table, reference, estimates), out)
+    text = overall + "".join(by_group.values())
     write_text(out / "agreement.md", text)
     report.write(out / "run.json", exit_status=0)
     print(text)
@@ -463,6 +464,8 @@ def _train_prepared(bundle: Bundle, settings: Settings, out: Path, *, resume: bo
 def evaluate(settings: Settings) -> int:
     """Segment the labelled cases of a manifest's split, compare with their labels, write tables and plots.
 
+    Several bundles (`bundle=a,b`) go to a folder each in OUT, with a comparison beside them.
+
     Returns:
         0 when every case is ok, else 1.
 
@@ -470,14 +473,49 @@ def evaluate(settings: Settings) -> int:
         ConfigError: wrong settings.
         ManifestError: the manifest cannot be used, or has no labelled case in the split.
     """
-    bundle = settings.bundle()
+    each = settings.each_bundle()
+    found = [one.bundle() for one in each]
+    for one, bundle in zip(each, found, strict=True):  # a wrong key of the last is said before the first is run
+        one.config(bundle, "inference", "evaluate")
+    several = len(each) > 1
+    names = _unique([bundle.name for bundle in found])
+    out = Path(settings.run["out"] or ("evaluation" if several else Path("evaluation") / names[0]))
+
+    from ich_pipeline.paper_tables import write_paper_tables
+
+    methods, status = [], 0
+    for one, bundle, name in zip(each, found, names, strict=True):
+        ended, method, text = _evaluate_bundle(one, bundle, name, out / name if several else out)
+        methods.append(method)
+        status = max(status, ended)
+    if several:
+        from ich_pipeline.comparison import write_comparison
+
+        text = write_comparison(methods, out)
+        write_text(out / "comparison.md", text)
+    print(text)
+    write_paper_tables(methods, out)
+    print(out / "paper_tables.md")
+    if not several and settings.run["html"]:
+        print(out / HTML_NAME)
+    return status
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """Names made unique by a number: two trainings of one architecture have the same."""
+    return [name if names.index(name) == n else f"{name}_{names[:n].count(name) + 1}" for n, name in enumerate(names)]
+
+
+def _evaluate_bundle(settings: Settings, bundle: Bundle, name: str, out: Path) -> tuple[int, Any, str]:
+    """Evaluate one bundle into `out`; the exit status, the `Method` that tables need of it, and its scores in words."""
     configs = settings.config(bundle, "inference", "evaluate")
 
     from ich_pipeline.evaluation import compare, labelled_cases, write_evaluation
+    from ich_pipeline.manifest import PHANTOM_FILE
+    from ich_pipeline.paper_tables import Method
 
     manifest, split = configs["evaluate"]["data"], settings.run["split"]
     cases = labelled_cases(manifest, split)
-    out = Path(settings.run["out"] or Path("evaluation") / bundle.name)
     table, regions, probabilities = out / "volumes.csv", out / "regions", out / "probabilities"
     status = segment_cases(
         cases,
@@ -490,9 +528,8 @@ def evaluate(settings: Settings) -> int:
         probabilities=probabilities,
     )
     evaluation = compare(cases, table, regions=regions, probabilities=probabilities, subtypes=settings.run["subtypes"])
-    summary = write_evaluation(evaluation, out)
-    print(summary)
-    _write_html(table, settings)
+    text = write_evaluation(evaluation, out)
+    _write_html(table, settings, say=False)
     if settings.run["tracking"] is not False:
         from ich_pipeline import tracking
 
@@ -500,16 +537,18 @@ def evaluate(settings: Settings) -> int:
             True,
             tracking_uri=settings.run["tracking_uri"],
             experiment=settings.run["experiment"],
-            run_name=settings.run["run_name"] or f"evaluate {bundle.name} {split}",
+            run_name=settings.run["run_name"] or f"evaluate {name} {split}",
             folder=Path.cwd(),
             patient_ids=[case.patient_id for case in cases],
         ) as run:
             run.set_tags(tracking.provenance_tags(manifest=Path(manifest)) | {"split": split, "bundle": bundle.name})
             run.log_params(configs["inference"])
             run.log_metrics(evaluation.metrics(), step=0)
-            for name in ("evaluation.csv", "volumes.csv"):
-                run.log_table(out / name)
+            for file in ("evaluation.csv", "volumes.csv"):
+                run.log_table(out / file)
             for case_id in evaluation.worst_and_best():
                 if (out / "pictures" / f"{case_id}.png").is_file():
                     run.log_artifact(out / "pictures" / f"{case_id}.png", "pictures")
-    return status
+    synthetic = "synthetic phantoms, " if Path(manifest).with_name(PHANTOM_FILE).is_file() else ""
+    data = f"{synthetic}{Path(manifest).name}, split {split}, {len(cases)} scans"
+    return status, Method(name, data, evaluation), text

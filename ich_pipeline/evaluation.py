@@ -6,11 +6,11 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ich_pipeline.agreement import VolumeAgreement
 from ich_pipeline.cohort import ALL, Cohort, lesion_group, subtype_group, volume_group, write_cohort
 from ich_pipeline.errors import ConfigError, ManifestError
+from ich_pipeline.geometry import Grid, require_same_grid
 from ich_pipeline.manifest import read_manifest
 from ich_pipeline.overlap import Aggregate, CaseAgreement, Summary, compare_masks, summarise
 from ich_pipeline.pictures import montage, precision_recall_plot, write_png
@@ -53,25 +53,45 @@ def labelled_items(manifest: str | Path | None, split: str) -> list[dict[str, st
 
 
 @dataclass(frozen=True)
+class Scored:
+    """A case with its mask scored and its label measured.
+
+    Attributes:
+        subtypes: in the label, as `IPH+IVH`: measured, or what the manifest's column `subtype` says; empty if neither.
+        seconds: that the mask took, from the table of the batch.
+    """
+
+    scores: CaseAgreement
+    reference: VolumeReport
+    subtypes: str = ""
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Scores of a batch.
 
     Attributes:
-        rows: a case each, in the order of the manifest; failed cases are not among them.
-        references: measurement of each row's label.
-        summary: aggregates over rows, with the number of failed cases.
+        scored: a case each, in the order of the manifest; failed cases are not among them.
+        summary: aggregates over cases, with the number of failed ones.
         cohort: volumes of the bleeding cases, in the three ways of measuring them; None without such cases.
-        curve: precision and recall of the voxels over all cases; None where no probabilities were kept.
+        curve: precision and recall of the voxels over all cases; None where not every case has its probabilities.
         coarse_recall: share of the label's lesions that a cascade's first stage touches, all and by size; empty
             where there is no such stage.
+        notes: what a reader of the scores should know.
     """
 
-    rows: list[CaseAgreement]
-    references: list[VolumeReport]
+    scored: list[Scored]
     summary: Summary
     cohort: Cohort | None = None
     curve: PrecisionRecall | None = None
     coarse_recall: tuple[Aggregate, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def rows(self) -> list[CaseAgreement]:
+        """The scores alone."""
+        return [each.scores for each in self.scored]
 
     @cached_property
     def volumes(self) -> dict[str, VolumeAgreement]:
@@ -125,60 +145,80 @@ def compare(
     missing = [case.case_id for case in cases if case.case_id not in by_id]
     if missing:
         raise ManifestError(f"{table}: no row for {missing[0]} ({len(missing)} cases in all). Run the batch again.")
-    rows, references, coarse, histograms, failed = [], [], [], [], 0
+    scored: list[Scored] = []
+    coarse, histograms, several, failed = [], [], 0, 0
     for case in cases:
-        mask_file = by_id[case.case_id].mask
-        if by_id[case.case_id].status != "ok" or mask_file is None or case.label is None:
+        row = by_id[case.case_id]
+        if row.status != "ok" or row.mask is None or case.label is None:
             failed += 1
             continue
-        (pred, _), (label, _) = read_mask(mask_file, case.case_id), read_mask(case.label, case.case_id)
-        probability = _kept(probabilities, mask_file, case.case_id)
+        (pred, _), (label, _) = read_mask(row.mask, case.case_id), read_mask(case.label, case.case_id)
+        several += not subtypes and int(label.values.max()) > int(label.values[label.values > 0].min(initial=255))
+        probability, region = (_kept(folder, row.mask, case.case_id, label.grid) for folder in (probabilities, regions))
+        reference = measure(case.case_id, label, subtypes=subtypes)
+        scores = compare_masks(
+            case.case_id,
+            pred,
+            label,
+            patient_id=case.patient_id,
+            probability=None if probability is None else np.asarray(probability.values),
+        )
+        named = subtype_group(reference.subtype_ml) if subtypes else case.extra.get("subtype", "")
+        scored.append(Scored(scores, reference, named, row.seconds))
         if probability is not None:
-            histograms.append(score_histogram(probability, label.values))
-        rows.append(compare_masks(case.case_id, pred, label, patient_id=case.patient_id, probability=probability))
-        references.append(measure(case.case_id, label, subtypes=subtypes))
-        region = _kept(regions, mask_file, case.case_id)
+            histograms.append(score_histogram(np.asarray(probability.values), label.values))
         if region is not None:
-            coarse.append(
-                compare_masks(case.case_id, NativeMask(region, label.grid), label, patient_id=case.patient_id)
-            )
+            coarse.append(compare_masks(case.case_id, region, label, patient_id=case.patient_id))
+    notes: list[str] = []
+    if several:
+        notes.append(
+            f"The labels of {several} cases hold several values: all above 0 count. With subtypes: subtypes=true."
+        )
     curve = None
-    if histograms and len(histograms) == len(rows):
-        voxel_ml = [reference.voxel_volume_mm3 / 1000 for reference in references]
-        curve = precision_recall(histograms, voxel_ml, [row.patient_id for row in rows])
+    if histograms and len(histograms) == len(scored):
+        voxel_ml = [each.reference.voxel_volume_mm3 / 1000 for each in scored]
+        curve = precision_recall(histograms, voxel_ml, [each.scores.patient_id for each in scored])
+    elif probabilities and scored:
+        notes.append(
+            f"No precision-recall curve: {len(scored) - len(histograms)} of {len(scored)} cases have no probabilities "
+            f"in {probabilities.name}/. overwrite=true segments them again."
+        )
     return Evaluation(
-        rows,
-        references,
-        summarise(rows, n_failed=failed),
-        _bleeding(rows, references),
+        scored,
+        summarise([each.scores for each in scored], n_failed=failed),
+        _bleeding(scored),
         curve,
         _coarse_recall(coarse) if coarse else (),
+        tuple(notes),
     )
 
 
-def _kept(folder: Path | None, mask_file: Path, case_id: str) -> NDArray[np.uint8] | None:
-    """What was kept of a case beside its mask, on the mask's grid."""
+def _kept(folder: Path | None, mask_file: Path, case_id: str, grid: Grid) -> NativeMask | None:
+    """What was kept of a case beside its mask."""
     if folder is None or not (folder / mask_file.name).is_file():
         return None
-    return np.asarray(read_mask(folder / mask_file.name, case_id)[0].values)
+    kept, _ = read_mask(folder / mask_file.name, case_id)
+    require_same_grid(case_id, f"{folder.name}/{mask_file.name}", kept.grid, grid)
+    return kept
 
 
-def _bleeding(rows: Sequence[CaseAgreement], references: Sequence[VolumeReport]) -> Cohort | None:
-    held = [(row, reference) for row, reference in zip(rows, references, strict=True) if row.positive]
+def _bleeding(scored: Sequence[Scored]) -> Cohort | None:
+    held = [each for each in scored if each.scores.positive]
     if not held:
         return None
+    label_ml = [each.scores.label_ml for each in held]
     groups = {
-        "volume": [volume_group(row.label_ml) for row, _ in held],
-        "lesions": [lesion_group(reference.n_lesions) for _, reference in held],
-        "subtype": [subtype_group(reference.subtype_ml) for _, reference in held],
+        "volume": [volume_group(ml) for ml in label_ml],
+        "lesions": [lesion_group(each.reference.n_lesions) for each in held],
+        "subtype": [each.subtypes for each in held],
     }
     estimates = {
-        MODEL: [row.pred_ml for row, _ in held],
-        TADA: [reference.tada_ml for _, reference in held],
-        ABC2: [reference.abc2_ml for _, reference in held],
+        MODEL: [each.scores.pred_ml for each in held],
+        TADA: [each.reference.tada_ml for each in held],
+        ABC2: [each.reference.abc2_ml for each in held],
     }
-    patients = [row.patient_id for row, _ in held]
-    return Cohort("voxels of the reference mask", [row.label_ml for row, _ in held], estimates, patients, groups)
+    patients = [each.scores.patient_id for each in held]
+    return Cohort("voxels of the reference mask", label_ml, estimates, patients, groups)
 
 
 def _coarse_recall(rows: Sequence[CaseAgreement]) -> tuple[Aggregate, ...]:
@@ -191,7 +231,7 @@ def write_evaluation(evaluation: Evaluation, out: Path) -> str:
     """Write `evaluation.csv`, `evaluation.md`, `agreement.csv` and the plots.
 
     Returns:
-        The Markdown summary.
+        The Markdown summary; the file has the volumes by group as well.
     """
     write_agreement(out / "evaluation.csv", evaluation.rows)
     text = summary_markdown(evaluation.summary)
@@ -202,9 +242,15 @@ def write_evaluation(evaluation: Evaluation, out: Path) -> str:
         ap = evaluation.curve.average_precision
         text += f"\nAverage precision of the voxels of all {evaluation.curve.n} cases together: {interval(ap)}.\n"
         write_png(out / "precision_recall.png", precision_recall_plot(evaluation.curve))
+    else:
+        (out / "precision_recall.png").unlink(missing_ok=True)  # one of an earlier run would mislead
+    text += "".join(f"\n{note}\n" for note in evaluation.notes)
+    by_group = ""
     if evaluation.cohort:
-        text += "\nVolumes of the bleeding cases. " + write_cohort(evaluation.cohort, out, plots={MODEL: ""})
-    write_text(out / "evaluation.md", text)
+        overall, groups = write_cohort(evaluation.cohort, out, plots={MODEL: ""})
+        text += f"\nVolumes of the bleeding cases. {overall}"
+        by_group = groups.get(MODEL, "")
+    write_text(out / "evaluation.md", text + by_group)
     return text
 
 

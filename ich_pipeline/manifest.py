@@ -1,8 +1,8 @@
 """Tables of cases: read and checked, written, split by patient, made from a downloaded dataset.
 
 A manifest is a CSV file with at least `case_id` and `image`; `patient_id`, `label`, `split`, `fold` and `edema` (a mask
-of perihematomal edema) have a meaning, any other column is kept as it is. Paths are relative to the manifest, or to the
-folder in ICH_DATA_ROOT.
+of perihematomal edema) have a meaning, any other column is kept as it is. Paths are relative to the manifest, or to a
+folder in ICH_DATA_ROOT, and lead nowhere else.
 """
 
 import csv
@@ -39,8 +39,9 @@ def read_manifest(path: Path | str, *, require_label: bool = False, check_grids:
         Records with absolute paths, in the order of the file. Where `patient_id` is empty it is the case id.
 
     Raises:
-        ManifestError: a missing column or file, a case id that is empty, repeated or no file name, one patient in two
-            splits, an unknown split, a fold that is no number, or a label on another grid than its image.
+        ManifestError: a missing column or file, a path that leads elsewhere, a case id that is empty, repeated or no
+            file name, one patient in two splits, an unknown split, a fold that is no number, or a label on another grid
+            than its image.
     """
     path = Path(path)
     records: list[CaseRecord] = []
@@ -73,6 +74,9 @@ def write_manifest(path: Path | str, records: Sequence[CaseRecord]) -> None:
     """Write a manifest that `read_manifest` reads back to the same records.
 
     Paths are written relative to the manifest's folder, or to ICH_DATA_ROOT where they lie under that only.
+
+    Raises:
+        ManifestError: a file lies in neither.
     """
     path = Path(path)
     extra = list(dict.fromkeys(name for record in records for name in record.extra))
@@ -195,26 +199,34 @@ def _record(where: str, folder: Path, row: dict[str, str], require_label: bool) 
 
 
 def _roots(folder: Path) -> list[Path]:
-    data_root = os.environ.get(DATA_ROOT)
-    return [folder.resolve(), *([Path(data_root).resolve()] if data_root else [])]
+    named = os.environ.get(DATA_ROOT, "").split(os.pathsep)
+    return [folder.resolve(), *(Path(root).resolve() for root in named if root)]
 
 
 def _existing(where: str, folder: Path, written: str) -> Path:
     roots = _roots(folder)
-    for root in roots:
-        if (root / written).exists():
-            return (root / written).resolve()
+    found = next((path.resolve() for root in roots if (path := root / written).exists()), None)
     looked = " and ".join(map(str, roots))
-    hint = "" if len(roots) > 1 else f" or set {DATA_ROOT}"
-    raise ManifestError(f"{where}: {written} does not exist (looked in {looked}). Correct the path{hint}.")
+    if found is None:
+        hint = "" if len(roots) > 1 else f" or set {DATA_ROOT}"
+        raise ManifestError(f"{where}: {written} does not exist (looked in {looked}). Correct the path{hint}.")
+    _require_inside(where, written, found, roots)
+    return found
+
+
+def _require_inside(where: str, written: str, path: Path, roots: Sequence[Path]) -> None:
+    """A manifest may come from anybody: what it names lies in its own folder, or in one that the user named."""
+    if not any(path.is_relative_to(root) for root in roots):
+        raise ManifestError(
+            f"{where}: {written} lies outside {' and '.join(map(str, roots))}, expected a file inside. Put the "
+            f"manifest above the data, or set {DATA_ROOT} to the folder that holds it (several: '{os.pathsep}')."
+        )
 
 
 def _portable(path: Path, folder: Path) -> str:
-    path = path.resolve()
-    for root in _roots(folder):
-        if path.is_relative_to(root):
-            return path.relative_to(root).as_posix()
-    return Path(os.path.relpath(path, folder.resolve())).as_posix()
+    path, roots = path.resolve(), _roots(folder)
+    _require_inside("manifest", str(path), path, roots)
+    return next(path.relative_to(root) for root in roots if path.is_relative_to(root)).as_posix()
 
 
 def _check_grid(where: str, record: CaseRecord) -> None:

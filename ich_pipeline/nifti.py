@@ -5,6 +5,7 @@ believe. Here the sform decides, then the qform; a file that leaves the size or 
 NIfTI-1 and -2, single or .hdr/.img, either byte order, compressed or not. https://nifti.nimh.nih.gov/nifti-1
 """
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,10 @@ MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units & 7: unknown, 
 SINGLE_MAGIC = (b"n+1", b"n+2")
 PAIR_MAGIC = (b"ni1", b"ni2")
 HEADER_BYTES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+# A mask of uneven slices says where they lie in an extension of this code, as JSON under this key, in steps of the
+# affine.
+COMMENT, POSITIONS_KEY = 6, "ich_pipeline_slice_positions"
+MAX_EXTENSION_BYTES = 1 << 16  # what `_read_head` can give
 # dcm2niix fills the description so; its plain file of a tilted series has a slice step that is too short.
 DCM2NIIX_DESCRIPTION = re.compile(rb"(TE=[\d.]+;)?Time=\d")
 
@@ -45,7 +50,7 @@ class NiftiHeader:
         data_offset: bytes before the first voxel, after decompression.
         dtype: of the stored voxels, with their byte order.
         slope, inter: image = stored * slope + inter; (1, 0) when the header sets none.
-        flags: `qform_differs`, `pixdim_differs`, `units_scaled`.
+        flags: `qform_differs`, `pixdim_differs`, `units_scaled`, `uneven_slices`.
     """
 
     case_id: str
@@ -85,14 +90,16 @@ def read_header(path: Path, case_id: str) -> NiftiHeader:
     raw = _parse(path, case_id)
     magic = bytes(raw["magic"].item())[:3]
     shape = _shape_3d(case_id, raw)
-    affine, flags = _affine_mm(case_id, raw, shape)
-    grid = _grid(case_id, shape, affine)
-    grid.check_plausible(case_id)
-    slope, inter = _scaling(case_id, raw)
     single = magic in SINGLE_MAGIC
     offset = float(raw["vox_offset"])
     if not (offset >= (raw.sizeof_hdr if single else 0) and offset == int(offset)):
         raise ReadError(f"{case_id}: voxels start at byte {offset:g}, inside the header. Convert the scan again.")
+    affine, flags = _affine_mm(case_id, raw, shape)
+    positions = _slice_positions(path, case_id, raw.sizeof_hdr, int(offset)) if single else None
+    grid = _grid(case_id, shape, affine, positions)
+    grid.check_plausible(case_id)
+    slope, inter = _scaling(case_id, raw)
+    flags += ("uneven_slices",) if positions else ()
     return NiftiHeader(
         case_id=case_id,
         grid=grid,
@@ -129,7 +136,10 @@ def read_voxels(header: NiftiHeader) -> NDArray[np.generic]:
 
 
 def mask_header_block(grid: Grid, forms: NiftiForms) -> bytes:
-    """The 352 bytes before the voxels of a uint8 mask: a NIfTI-1 header that gives `forms` back as they were read.
+    """The bytes before the voxels of a uint8 mask: a NIfTI-1 header that gives `forms` back as they were read.
+
+    No NIfTI header can hold uneven slices: the affine has their mean step, and an extension that other programs pass
+    over has their positions.
 
     Raises:
         GeometryError: the forms do not describe `grid`.
@@ -137,7 +147,8 @@ def mask_header_block(grid: Grid, forms: NiftiForms) -> bytes:
     header = nib.Nifti1Header(endianness="<")
     header.set_data_dtype(np.uint8)
     header.set_data_shape(grid.shape)
-    header["scl_slope"], header["scl_inter"], header["vox_offset"] = 1, 0, 352
+    extension = _extension(grid)
+    header["scl_slope"], header["scl_inter"], header["vox_offset"] = 1, 0, 352 + len(extension)
     header["xyzt_units"] = forms.xyzt_units
     if forms.qform_fields is not None and forms.pixdim is not None:
         header["pixdim"] = forms.pixdim
@@ -150,14 +161,44 @@ def mask_header_block(grid: Grid, forms: NiftiForms) -> bytes:
         header[name] = row
     header["sform_code"] = forms.sform_code
     affine, _ = _affine_mm("mask", header, grid.shape)
-    difference = grid_difference(Grid(grid.shape, affine), grid)
+    difference = grid_difference(Grid(grid.shape, affine), Grid(grid.shape, grid.affine))
     if difference:
         raise GeometryError(f"header forms describe another grid than the mask's: {difference}. Pass the scan's forms.")
-    return header.binaryblock + bytes(4)
+    return header.binaryblock + bytes([bool(extension), 0, 0, 0]) + extension
 
 
 _SFORM_ROWS = ("srow_x", "srow_y", "srow_z")
 _QFORM_FIELDS = ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
+
+
+def _extension(grid: Grid) -> bytes:
+    """A header extension with the positions of uneven slices; nothing for even ones."""
+    if grid.slice_positions is None:
+        return b""
+    text = json.dumps({POSITIONS_KEY: [round(float(n), 9) for n in grid.slice_positions]}).encode()
+    size = -(-(8 + len(text)) // 16) * 16
+    return size.to_bytes(4, "little") + COMMENT.to_bytes(4, "little") + text.ljust(size - 8, b"\0")
+
+
+def _slice_positions(path: Path, case_id: str, first: int, offset: int) -> list[float] | None:
+    """Positions of uneven slices, where `mask_header_block` wrote the file."""
+    if not first + 20 <= offset <= MAX_EXTENSION_BYTES:
+        return None
+    block = _read_head(path, case_id, offset)[first + 4 :]
+    while len(block) >= 16:
+        size, code = (int.from_bytes(block[n : n + 4], "little") for n in (0, 4))
+        if size < 16 or size > len(block):
+            return None  # of another program, in another byte order: none of ours
+        text = block[8:size].rstrip(b"\0")
+        if code == COMMENT and text.startswith(f'{{"{POSITIONS_KEY}"'.encode()):
+            try:
+                return [float(n) for n in json.loads(text)[POSITIONS_KEY]]
+            except (ValueError, TypeError) as error:
+                raise ReadError(
+                    f"{case_id}: {path.name} has a damaged list of slice positions ({error}). Write the mask again."
+                ) from error
+        block = block[size:]
+    return None
 
 
 def _parse(path: Path, case_id: str) -> Any:
@@ -292,9 +333,11 @@ def _pixdim_mm(raw: Any) -> NDArray[np.float64]:
     return np.nan_to_num(raw["pixdim"][1:4].astype(np.float64))
 
 
-def _grid(case_id: str, shape: tuple[int, int, int], affine: Affine) -> Grid:
+def _grid(
+    case_id: str, shape: tuple[int, int, int], affine: Affine, slice_positions: list[float] | None = None
+) -> Grid:
     try:
-        return Grid(shape, affine)
+        return Grid(shape, affine, None if slice_positions is None else np.array(slice_positions))
     except GeometryError as error:
         raise GeometryError(f"{case_id}: {error}. Convert the scan again.") from error
 

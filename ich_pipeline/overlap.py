@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ich_pipeline.abc2 import Box, lesion_box
-from ich_pipeline.bootstrap import REPLICATES, Estimate, Floats, Resampler, ratio, weighted_median
+from ich_pipeline.bootstrap import REPLICATES, Estimate, Resampler, ratio, weighted_median
 from ich_pipeline.geometry import Grid, require_same_grid
 from ich_pipeline.precision_recall import average_precision, score_histogram
 from ich_pipeline.records import NativeMask
@@ -25,6 +25,7 @@ LESION_BIN_NAMES = ("under_1ml", "1_to_5ml", "5_to_30ml", "from_30ml")
 # 2023, section IV-A, d, UH data set).
 SLICE_HEIGHTS_PX = (64, 128)
 SLICE_GROUP_NAMES = ("small", "medium", "large")
+SLICE_SCORES = ("dice", "iou", "hausdorff_px")
 # Beyond this a boundary is wrong: about half a thick slice, four pixels.
 NSD_TOLERANCE_MM = 2.0
 
@@ -50,19 +51,26 @@ class LesionCounts:
 
 
 @dataclass(frozen=True)
-class SliceCounts:
-    """Axial slices of one case with blood in the label, by height of the tallest region (SLICE_HEIGHTS_PX).
+class SliceScore:
+    """One axial slice with blood in the label, as a slice-wise network is scored.
 
     Attributes:
-        labelled: slices in each group.
-        hit: of these, slices where the prediction shares a voxel with the label (location accuracy: Li et al., JBHI
-            2021, section III-B, 2).
-        dice: sum of the slices' Dice in each group.
+        height_px: rows of the label's tallest 8-connected region, in pixels of a 512-pixel slice.
+        hit: the prediction shares a pixel with the label (location accuracy: Li et al., JBHI 2021, section III-B, 2).
+        hausdorff_px: between boundary pixels, likewise (Chang et al., JBHI 2023, equation 8); None without prediction.
     """
 
-    labelled: tuple[int, ...]
-    hit: tuple[int, ...]
-    dice: tuple[float, ...]
+    height_px: float
+    hit: bool
+    dice: float
+    iou: float
+    hausdorff_px: float | None
+
+    @property
+    def group(self) -> str:
+        """Name of the group its height is in (SLICE_HEIGHTS_PX)."""
+        low, high = SLICE_HEIGHTS_PX
+        return SLICE_GROUP_NAMES[int(self.height_px >= low) + int(self.height_px > high)]
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class CaseAgreement:
     false_alarm_ml: float | None
     average_precision: float | None
     lesions: LesionCounts
-    slices: SliceCounts
+    slices: tuple[SliceScore, ...]
 
     @property
     def positive(self) -> bool:
@@ -126,45 +134,47 @@ def compare_masks(
     """
     require_same_grid(case_id, "prediction", pred.grid, label.grid)
     grid = label.grid
-    pred_box, label_box = _crop_both(pred.values, label.values)
-    n_pred, n_label = int(np.count_nonzero(pred_box)), int(np.count_nonzero(label_box))
-    n_both = int(np.count_nonzero(pred_box & label_box))
-    to_ml = grid.voxel_volume_mm3 / 1000
-    surface = _surface_scores(pred_box, label_box, grid, nsd_tolerance_mm)
-    held = None if probability is None or not n_label else score_histogram(probability, label.values)
+    union = _union_box(pred.values, label.values)
+    pred_box, label_box = pred.values[union] != 0, label.values[union] != 0
+    start = np.array([side.start for side in union])
+    first = int(start[grid.slice_axis])
+    pred_ml, label_ml, both_ml = (
+        grid.foreground_ml(each, first) for each in (pred_box, label_box, pred_box & label_box)
+    )
+    surface = _surface_scores(pred_box, label_box, grid, start, nsd_tolerance_mm)
+    held = None if probability is None or not label_ml else score_histogram(probability, label.values)
     return CaseAgreement(
         case_id=case_id,
         patient_id=patient_id or case_id,
-        label_ml=n_label * to_ml,
-        pred_ml=n_pred * to_ml,
-        error_ml=(n_pred - n_label) * to_ml,
-        relative_error=(n_pred - n_label) / n_label if n_label else None,
-        rvd=abs(n_pred - n_label) / n_label if n_label else None,
-        dice=_share(2 * n_both, n_pred + n_label),
-        iou=_share(n_both, n_pred + n_label - n_both),
+        label_ml=label_ml,
+        pred_ml=pred_ml,
+        error_ml=pred_ml - label_ml,
+        relative_error=(pred_ml - label_ml) / label_ml if label_ml else None,
+        rvd=abs(pred_ml - label_ml) / label_ml if label_ml else None,
+        dice=_share(2 * both_ml, pred_ml + label_ml),
+        iou=_share(both_ml, pred_ml + label_ml - both_ml),
         # An empty side against blood on the other scores 0, not the undefined 0/0.
-        precision=_share(n_both, n_pred if n_pred else n_label),
-        recall=_share(n_both, n_label if n_label else n_pred),
+        precision=_share(both_ml, pred_ml or label_ml),
+        recall=_share(both_ml, label_ml or pred_ml),
         hd95_mm=surface.hd95_mm,
         hausdorff_mm=surface.hausdorff_mm,
         nsd=surface.nsd,
-        missed=n_both == 0 if n_label else None,
-        false_alarm_ml=None if n_label else n_pred * to_ml,
+        missed=both_ml == 0 if label_ml else None,
+        false_alarm_ml=None if label_ml else pred_ml,
         average_precision=None if held is None else average_precision(held),
-        lesions=_count_lesions(pred_box, label_box, grid),
-        slices=_count_slices(pred_box, label_box, grid),
+        lesions=_count_lesions(pred_box, label_box, grid, first),
+        slices=_score_slices(pred_box, label_box, grid),
     )
 
 
-def _crop_both(pred: NDArray[np.generic], label: NDArray[np.generic]) -> tuple[Bools, Bools]:
-    """Both masks as bool in the smallest box that holds both; empty arrays when both are empty."""
+def _union_box(pred: NDArray[np.generic], label: NDArray[np.generic]) -> Box:
+    """The smallest box that holds both; an empty one when both are empty."""
     boxes = [box for box in (lesion_box(pred), lesion_box(label)) if box]
     sides = [slice(min(s.start for s in side), max(s.stop for s in side)) for side in zip(*boxes, strict=True)]
-    union: Box = (sides[0], sides[1], sides[2]) if boxes else (slice(0), slice(0), slice(0))
-    return pred[union] != 0, label[union] != 0
+    return (sides[0], sides[1], sides[2]) if boxes else (slice(0, 0), slice(0, 0), slice(0, 0))
 
 
-def _share(part: int, whole: int) -> float:
+def _share(part: float, whole: float) -> float:
     return part / whole if whole else 1.0
 
 
@@ -175,7 +185,7 @@ class _Surface:
     nsd: float
 
 
-def _surface_scores(pred: Bools, label: Bools, grid: Grid, tolerance_mm: float) -> _Surface:
+def _surface_scores(pred: Bools, label: Bools, grid: Grid, start: NDArray[np.intp], tolerance_mm: float) -> _Surface:
     """HD95 (the larger of the two directed 95th percentiles), Hausdorff distance and NSD between boundary voxels.
 
     Distances are between voxel centres in patient space: a distance transform with one spacing per axis is wrong as
@@ -185,7 +195,7 @@ def _surface_scores(pred: Bools, label: Bools, grid: Grid, tolerance_mm: float) 
         return _Surface(None, None, float(pred.any() == label.any()))
     from scipy.spatial import cKDTree
 
-    pred_mm, label_mm = _boundary_mm(pred, grid), _boundary_mm(label, grid)
+    pred_mm, label_mm = (grid.to_mm(_boundary(each) + start) for each in (pred, label))
     to_label_mm, _ = cKDTree(label_mm).query(pred_mm)
     to_pred_mm, _ = cKDTree(pred_mm).query(label_mm)
     hd95_mm, hausdorff_mm = (max(float(np.percentile(d, q)) for d in (to_label_mm, to_pred_mm)) for q in (95, 100))
@@ -193,14 +203,14 @@ def _surface_scores(pred: Bools, label: Bools, grid: Grid, tolerance_mm: float) 
     return _Surface(hd95_mm, hausdorff_mm, within / (len(pred_mm) + len(label_mm)))
 
 
-def _boundary_mm(mask: Bools, grid: Grid) -> Floats:
-    """(n, 3) centres of the voxels with a face on the outside, in mm from the box's first voxel."""
+def _boundary(mask: Bools) -> NDArray[np.intp]:
+    """(n, d) indices of the elements with a face on the outside."""
     from scipy.ndimage import binary_erosion
 
-    return np.argwhere(mask & ~binary_erosion(mask)) @ grid.affine[:3, :3].T
+    return np.argwhere(mask & ~binary_erosion(mask))
 
 
-def _count_lesions(pred: Bools, label: Bools, grid: Grid) -> LesionCounts:
+def _count_lesions(pred: Bools, label: Bools, grid: Grid, first_slice: int) -> LesionCounts:
     """Which 26-connected lesions the two masks share."""
     import cc3d
 
@@ -210,7 +220,10 @@ def _count_lesions(pred: Bools, label: Bools, grid: Grid) -> LesionCounts:
     found = np.zeros(n_label + 1, bool)
     found[label_ids[both]] = True
     true = np.unique(pred_ids[both]).size
-    volume_ml = np.bincount(label_ids.ravel(), minlength=n_label + 1)[1:] * (grid.voxel_volume_mm3 / 1000)
+    extents = grid.slice_extents(first_slice, label.shape[grid.slice_axis])
+    voxel_ml = np.expand_dims(extents, tuple({0, 1, 2} - {grid.slice_axis})) * grid.voxel_volume_mm3 / 1000
+    weights = np.broadcast_to(voxel_ml, label.shape).ravel()
+    volume_ml = np.bincount(label_ids.ravel(), weights, n_label + 1)[1:].round(9)
     bins = np.digitize(volume_ml, LESION_BINS_ML) - 1
     counts = [np.bincount(b, minlength=len(LESION_BINS_ML)).tolist() for b in (bins, bins[found[1:]])]
     return LesionCounts(
@@ -223,22 +236,34 @@ def _count_lesions(pred: Bools, label: Bools, grid: Grid) -> LesionCounts:
     )
 
 
-def _count_slices(pred: Bools, label: Bools, grid: Grid) -> SliceCounts:
+def _score_slices(pred: Bools, label: Bools, grid: Grid) -> tuple[SliceScore, ...]:
     """Slices with blood in the label: where a slice-wise reader would look."""
     rows, columns = grid.plane_axes
     order = (grid.slice_axis, rows, columns)
     to_512 = 512 / grid.shape[rows]
-    labelled, hit, dice = [0, 0, 0], [0, 0, 0], [0.0, 0.0, 0.0]
+    scores = []
     for found, true in zip(pred.transpose(order), label.transpose(order), strict=True):
         if not true.any():
             continue
-        height_px = _tallest(true) * to_512
-        group = int(height_px >= SLICE_HEIGHTS_PX[0]) + int(height_px > SLICE_HEIGHTS_PX[1])
-        both = int(np.count_nonzero(found & true))
-        labelled[group] += 1
-        hit[group] += both > 0
-        dice[group] += 2 * both / int(np.count_nonzero(found) + np.count_nonzero(true))
-    return SliceCounts(tuple(labelled), tuple(hit), tuple(dice))
+        n_both, n_all = (int(np.count_nonzero(each)) for each in (found & true, found | true))
+        scores.append(
+            SliceScore(
+                height_px=_tallest(true) * to_512,
+                hit=n_both > 0,
+                dice=2 * n_both / (n_both + n_all),
+                iou=n_both / n_all,
+                hausdorff_px=_plane_hausdorff(found, true) * to_512 if found.any() else None,
+            )
+        )
+    return tuple(scores)
+
+
+def _plane_hausdorff(one: Bools, other: Bools) -> float:
+    """Largest distance from a boundary pixel of one plane to the nearest of the other, in pixels."""
+    from scipy.spatial import cKDTree
+
+    trees = [cKDTree(_boundary(plane)) for plane in (one, other)]
+    return float(max(trees[a].query(trees[b].data)[0].max() for a, b in ((0, 1), (1, 0))))
 
 
 def _tallest(plane: Bools) -> int:
@@ -314,8 +339,8 @@ def summarise(
         positives.mean("relative_error", lambda row: row.relative_error),
         positives.mean("rvd", lambda row: row.rvd),
         positives.mean("average_precision", lambda row: row.average_precision),
-        positives.share("location_accuracy", lambda row: (sum(row.slices.hit), sum(row.slices.labelled))),
-        *(positives.slice_dice(g, name) for g, name in enumerate(SLICE_GROUP_NAMES)),
+        positives.share("location_accuracy", lambda row: (sum(each.hit for each in row.slices), len(row.slices))),
+        *(positives.slice_mean(score, group) for score in SLICE_SCORES for group in ("", *SLICE_GROUP_NAMES)),
         positives.share("sensitivity", lambda row: (int(not row.missed), 1)),
         negatives.share("specificity", lambda row: (int(not row.false_alarm_ml), 1)),
         negatives.mean("false_alarm_ml", lambda row: row.false_alarm_ml),
@@ -362,12 +387,14 @@ class _Group:
         estimate = self.resampler.estimate(ratio(parts, wholes))
         return Aggregate(name, self.name, int(wholes.sum()), int((wholes - parts).sum()), estimate)
 
-    def slice_dice(self, group: int, name: str) -> Aggregate:
-        """Mean Dice of the label's slices in one group of heights; missed are those without a common voxel."""
-        slices = [row.slices for row in self.rows]
-        dice, labelled, hit = (
-            np.array([getattr(each, what)[group] for each in slices], dtype=np.float64)
-            for what in ("dice", "labelled", "hit")
-        )
-        estimate = self.resampler.estimate(ratio(dice, labelled))
-        return Aggregate(f"slice_dice_{name}", self.name, int(labelled.sum()), int((labelled - hit).sum()), estimate)
+    def slice_mean(self, score: str, group: str) -> Aggregate:
+        """Mean of a score over the label's slices, all or of one group of heights; the patient is drawn.
+
+        Missed are slices without a common pixel.
+        """
+        chosen = [[each for each in row.slices if group in ("", each.group)] for row in self.rows]
+        held = [[value for each in slices if (value := getattr(each, score)) is not None] for slices in chosen]
+        parts, wholes = np.array([(sum(values), len(values)) for values in held], dtype=np.float64).reshape(-1, 2).T
+        missed = sum(not each.hit for slices in chosen for each in slices)
+        name = f"slice_{score}_{group}" if group else f"slice_{score}"
+        return Aggregate(name, self.name, int(wholes.sum()), missed, self.resampler.estimate(ratio(parts, wholes)))

@@ -130,12 +130,11 @@ class _View:
 
     def slice_of(self, line_mm: SegmentMm) -> int:
         """Index of the slice that a line in RAS+ mm lies in."""
-        return round(float(np.linalg.inv(self.grid.affine)[self.axes[0]] @ (*line_mm[0], 1)))
+        return round(float(self.grid.to_index(np.array(line_mm[0]))[self.axes[0]]))
 
     def to_px(self, line_mm: SegmentMm) -> list[tuple[float, float]]:
         """Ends of a line in RAS+ mm as (x, y) in a tile."""
-        affine = self.grid.affine
-        index = np.linalg.solve(affine[:3, :3], (np.array(line_mm) - affine[:3, 3]).T).T + 0.5
+        index = self.grid.to_index(np.array(line_mm)) + 0.5
         places = []
         for side, (axis, flip, size) in enumerate(zip(self.axes[1:], self.flips[1:], self.size_px, strict=True)):
             start, stop = self.crop[side].start, self.crop[side].stop

@@ -59,7 +59,7 @@ class Pipeline:
         mask_file = self.masks / f"{scan.case_id}.nii.gz"
         with stage("measure"):
             volumes = with_probability_band(
-                measure(scan.case_id, mask), prediction.probability, self.segmenter.threshold
+                measure(scan.case_id, mask), prediction.probability, self.segmenter.threshold, scan.grid
             )
         if self.dicom and scan.series_uid:
             with stage("dicom"):

@@ -21,6 +21,8 @@ from ich_pipeline.nifti import NiftiHeader, is_nifti, nifti_stem, read_header, r
 from ich_pipeline.records import CaseRecord, NativeMask, NiftiForms, Scan
 
 GANTRY_TILT_DEG = 0.5
+# From the file to its mask, with the largest bundle: docs/speed.md has 512 x 512 x 400.
+BYTES_PER_VOXEL = 48
 # Below this angle shear is rounding of the direction cosines, and a qform says the same as the sform.
 NO_SHEAR_DEG = 0.02
 
@@ -50,12 +52,29 @@ def read_scan(path: Path | str, case_id: str | None = None) -> Scan:
     else:
         _require_nifti(path, case_id)
         header = read_header(path, case_id)
+        check_memory(case_id, header.grid.shape)
         image_hu, grid, forms, series_uid, flags = _rescaled(header), header.grid, header.forms, None, header.flags
     image_hu, value_flags = clean_hu(case_id, image_hu)
     if grid.tilt_deg > GANTRY_TILT_DEG:
         flags += ("gantry_tilt",)
     unique_flags = tuple(dict.fromkeys(flags + value_flags))
     return Scan(case_id, image_hu, grid, forms, path.resolve(), series_uid, unique_flags)
+
+
+def check_memory(case_id: str, shape: Sequence[int]) -> None:
+    """Refuse a scan that this machine cannot take now: the kernel would end the whole batch, not the case.
+
+    Raises:
+        ReadError: the scan needs more than what is free.
+    """
+    import psutil  # a light command never comes here
+
+    needed, free = BYTES_PER_VOXEL * float(np.prod(shape, dtype=float)), psutil.virtual_memory().available
+    if needed > free:
+        raise ReadError(
+            f"{case_id}: {tuple(shape)} voxels need about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
+            "free. Crop the scan to the head, give thicker slices, or use a machine with more memory."
+        )
 
 
 def read_mask(path: Path | str, case_id: str | None = None) -> tuple[NativeMask, NiftiForms]:

@@ -277,7 +277,7 @@ AGREEMENT_COLUMNS = [
 
 def _agreement_values(row: CaseAgreement) -> dict[str, Any]:
     values = {name: getattr(row, name) for name in AGREEMENT_COLUMNS if not name.startswith(("lesion", "slices"))}
-    values |= {"slices_labelled": sum(row.slices.labelled), "slices_hit": sum(row.slices.hit)}
+    values |= {"slices_labelled": len(row.slices), "slices_hit": sum(each.hit for each in row.slices)}
     counts = asdict(row.lesions)
     for what in ("labelled", "found"):
         bins = counts.pop(f"{what}_by_bin")

@@ -1,7 +1,7 @@
 """The settings of one command: `configs/run.yaml`, a bundle's configs, and the `key=value` words over both."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ich_pipeline import bundles
@@ -33,6 +33,20 @@ class Settings:
         if own.get("dicom", "auto") not in ("auto", False):
             raise ConfigError(f"dicom={own['dicom']}: expected auto or false")
         return cls({**run, **own}, given)
+
+    def each_bundle(self) -> "list[Settings]":
+        """These settings once for every bundle in `bundle=a,b,c`; what exists is a path, whatever it contains.
+
+        Raises:
+            ConfigError: a bundle is named twice, or an empty name.
+        """
+        given = str(self.run["bundle"] or "")
+        if "," not in given or Path(given).exists():
+            return [self]
+        names = [name.strip() for name in given.split(",")]
+        if not all(names) or len(set(names)) < len(names):
+            raise ConfigError(f"bundle={given}: expected names or folders, each once, with commas between them")
+        return [replace(self, run={**self.run, "bundle": name}) for name in names]
 
     def bundle(self) -> Bundle:
         """The bundle that was named.

@@ -101,7 +101,15 @@ def _metadata(grid: Grid, forms: NiftiForms) -> dict[str, Any]:
         "space": "RAS",
         # As text: DataLoader collates and decollates strings unchanged, and JSON keeps every bit of a float.
         "forms": json.dumps(asdict(forms), default=lambda array: array.tolist()),
+        "slice_positions": "" if grid.slice_positions is None else json.dumps(grid.slice_positions.tolist()),
     }
+
+
+def _grid_of(shape: Sequence[int], affine: Any, meta: Mapping[str, Any]) -> Grid:
+    """A grid of native slices, which lie as the metadata of `ReadScand` or `ReadMaskd` says."""
+    positions = meta.get("slice_positions")
+    i, j, k = (int(n) for n in shape)
+    return Grid((i, j, k), np.asarray(affine, dtype=np.float64), np.array(json.loads(positions)) if positions else None)
 
 
 def _forms_from(text: str) -> NiftiForms:
@@ -117,7 +125,7 @@ def scan_of(image: MetaTensor, case: CaseRecord) -> Scan:
     return Scan(
         case_id=case.case_id,
         image_hu=image.as_tensor()[0].numpy(),
-        grid=Grid(tuple(image.shape[1:]), np.asarray(meta["original_affine"])),
+        grid=_grid_of(image.shape[1:], meta["original_affine"], meta),
         forms=_forms_from(meta["forms"]),
         source=case.image,
         series_uid=meta["series_uid"] or None,
@@ -161,8 +169,8 @@ class NativeMaskWriter(ImageWriter):
         if meta_dict is None or "forms" not in meta_dict:
             raise GeometryError("mask without its scan's header: read scans with ich_pipeline.transforms.ReadScand")
         name = str(meta_dict.get("filename_or_obj", "scan"))
-        native = Grid(tuple(meta_dict["spatial_shape"]), np.asarray(meta_dict["original_affine"]))
-        found = Grid(self.data_obj.shape, np.asarray(meta_dict["affine"]))
+        native = _grid_of(meta_dict["spatial_shape"], meta_dict["original_affine"], meta_dict)
+        found = _grid_of(self.data_obj.shape, meta_dict["affine"], meta_dict)
         require_same_grid(name, "mask", found, native)
         self.grid, self.forms = native, _forms_from(meta_dict["forms"])
 
@@ -435,10 +443,10 @@ class ModelGridd(MapTransform, InvertibleTransform):
         """
         d = dict(data)
         scan = d[self.keys[0]]
-        grid = Grid(tuple(scan.shape[1:]), np.asarray(scan.affine, dtype=np.float64))
+        grid = _grid_of(scan.shape[1:], scan.affine, scan.meta)
         box = head_box(scan.numpy()[0], grid) if self.crop_head else None
         for key in self.key_iterator(d):
-            found = Grid(tuple(d[key].shape[1:]), np.asarray(d[key].affine))
+            found = _grid_of(d[key].shape[1:], d[key].affine, d[key].meta)
             require_same_grid(str(scan.meta.get("filename_or_obj", "scan")), str(key), found, grid)
             d[key] = self.grid(d[key], box, mask=key != self.keys[0])
         return d

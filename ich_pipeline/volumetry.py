@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, replace
 from math import pi
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ich_pipeline.abc2 import Abc2, SliceStack, lesion_box, measure_stack, slice_stack
+from ich_pipeline.abc2 import Abc2, Box, SliceStack, lesion_box, measure_stack, slice_stack
 from ich_pipeline.geometry import Grid, require_same_grid
 from ich_pipeline.labels import Subtype
 from ich_pipeline.records import NativeMask
@@ -113,50 +113,49 @@ def measure(case_id: str, mask: NativeMask, *, subtypes: bool = False, edema: Na
         raise TypeError(f"{case_id}: mask of {mask.values.dtype}, expected bool or uint8. Threshold it first.")
     box = lesion_box(mask.values)
     if box is None:
-        report = _report(mask.grid, 0, Abc2(), (), (0.0, 0.0), touches_border=False)
+        report = _report(mask.grid, 0.0, Abc2(), (), (0.0, 0.0), touches_border=False)
         report = replace(report, subtype_ml=_no_blood(), abc2_applies=True) if subtypes else report
     else:
         stack = slice_stack(mask, box)
         kinds = subtype_values(case_id, mask.values[box].transpose(stack.axes)) if subtypes else None
         whole = measure_stack(stack)
         lesions = _measure_lesions(stack, whole, kinds)
-        voxels = int(np.count_nonzero(stack.values))
-        band = _half_voxel_band(stack.values, voxels)
-        report = _report(mask.grid, voxels, whole, lesions, band, touches_border=stack.touches_border)
+        volume_ml = stack.ml(stack.values)
+        band = _half_voxel_band(stack, volume_ml)
+        report = _report(mask.grid, volume_ml, whole, lesions, band, touches_border=stack.touches_border)
         if kinds is not None:
             applies = all(lesion.abc2_applies for lesion in lesions)
-            report = replace(report, subtype_ml=_subtype_ml(kinds, mask.grid), abc2_applies=applies)
+            report = replace(report, subtype_ml=_subtype_ml(kinds, stack), abc2_applies=applies)
     return report if edema is None else _with_edema(case_id, report, mask, edema)
 
 
-def with_probability_band(report: VolumeReport, probability: NDArray[np.floating], threshold: float) -> VolumeReport:
+def with_probability_band(
+    report: VolumeReport, probability: NDArray[np.floating], threshold: float, grid: Grid
+) -> VolumeReport:
     """The report of a predicted mask with a band that says how sure the network was, not how coarse the voxels are.
 
     Args:
-        probability: (I, J, K) on the mask's grid, in [0, 1].
+        probability: (I, J, K) in [0, 1].
         threshold: that made the mask; the band's ends are the volumes at thresholds half way from it to 1 and to 0.
             Steps after the threshold can put the mask's own volume outside these; then it is the band's end.
+        grid: of mask and probability.
     """
-    to_ml = report.voxel_volume_mm3 / 1000
-    low_ml, high_ml = (
-        float(np.count_nonzero(probability > cut)) * to_ml for cut in ((threshold + 1) / 2, threshold / 2)
-    )
+    low_ml, high_ml = (grid.foreground_ml(probability > cut) for cut in ((threshold + 1) / 2, threshold / 2))
     ends_ml = min(low_ml, report.volume_ml), max(high_ml, report.volume_ml)
     return replace(report, **_band_fields(*ends_ml, PROBABILITY))
 
 
 def _report(
     grid: Grid,
-    voxels: int,
+    volume_ml: float,
     whole: Abc2,
     lesions: tuple[LesionReport, ...],
-    band_voxels: tuple[float, float],
+    band_ml: tuple[float, float],
     *,
     touches_border: bool,
 ) -> VolumeReport:
-    to_ml = grid.voxel_volume_mm3 / 1000
     return VolumeReport(
-        volume_ml=voxels * to_ml,
+        volume_ml=volume_ml,
         abc2_ml=whole.abc2_ml,
         abc2_kothari_ml=whole.abc2_kothari_ml,
         tada_ml=whole.tada_ml,
@@ -172,9 +171,9 @@ def _report(
         abc2_lesions_sum_ml=sum((lesion.abc2_ml for lesion in lesions), 0.0),
         abc2_kothari_lesions_sum_ml=sum((lesion.abc2_kothari_ml for lesion in lesions), 0.0),
         tada_lesions_sum_ml=sum((lesion.tada_ml for lesion in lesions), 0.0),
-        from_30_ml=voxels * to_ml - THRESHOLD_ML,
+        from_30_ml=volume_ml - THRESHOLD_ML,
         lesions=lesions,
-        **_band_fields(band_voxels[0] * to_ml, band_voxels[1] * to_ml, HALF_VOXEL),
+        **_band_fields(*band_ml, HALF_VOXEL),
     )
 
 
@@ -183,13 +182,13 @@ def _band_fields(low_ml: float, high_ml: float, band: str) -> dict[str, Any]:
     return {"volume_low_ml": low_ml, "volume_high_ml": high_ml, "band": band, "band_holds_30": holds}
 
 
-def _half_voxel_band(values: NDArray[np.bool_], voxels: int) -> tuple[float, float]:
-    """Voxels of a mask whose boundary lies half a voxel further in, or out, along the axis that it faces most.
+def _half_voxel_band(stack: SliceStack, volume_ml: float) -> tuple[float, float]:
+    """Millilitres of a mask whose boundary lies half a voxel further in, or out, along the axis that it faces most.
 
     A voxel with a face on the boundary may be half empty if it is inside and half full if it is outside; what lies
     beyond the image counts as outside.
     """
-    padded = np.pad(values, 1)
+    padded = np.pad(stack.values, 1)
     beside, surrounded = padded.copy(), padded.copy()
     for axis in range(3):
         for near, far in ((slice(1, None), slice(None, -1)), (slice(None, -1), slice(1, None))):
@@ -198,9 +197,7 @@ def _half_voxel_band(values: NDArray[np.bool_], voxels: int) -> tuple[float, flo
             here[axis], there[axis] = near, far
             beside[tuple(here)] |= padded[tuple(there)]
             surrounded[tuple(here)] &= padded[tuple(there)]
-    outside = int(np.count_nonzero(beside)) - voxels
-    inside = voxels - int(np.count_nonzero(surrounded))
-    return voxels - inside / 2, voxels + outside / 2
+    return (volume_ml + stack.ml(surrounded, margin=1)) / 2, (volume_ml + stack.ml(beside, margin=1)) / 2
 
 
 def _with_edema(case_id: str, report: VolumeReport, mask: NativeMask, edema: NativeMask) -> VolumeReport:
@@ -208,8 +205,8 @@ def _with_edema(case_id: str, report: VolumeReport, mask: NativeMask, edema: Nat
     if edema.values.dtype not in (np.bool_, np.uint8):
         raise TypeError(f"{case_id}: edema of {edema.values.dtype}, expected bool or uint8. Threshold it first.")
     box = lesion_box(edema.values)
-    voxels = int(np.count_nonzero((edema.values[box] != 0) & (mask.values[box] == 0))) if box else 0
-    edema_ml = voxels * mask.grid.voxel_volume_mm3 / 1000
+    first = box[mask.grid.slice_axis].start if box else 0
+    edema_ml = mask.grid.foreground_ml((edema.values[box] != 0) & (mask.values[box] == 0), first) if box else 0.0
     # Edema surrounds parenchymal blood; blood elsewhere has none, and would make the ratio too small.
     bleed_ml = report.volume_ml if report.subtype_ml is None else report.subtype_ml[Subtype.IPH]
     reach_mm = _sphere_radius_mm(edema_ml + bleed_ml) - _sphere_radius_mm(bleed_ml)
@@ -231,42 +228,47 @@ def label_lesions(mask: NativeMask) -> NDArray[np.uint32]:
     box = lesion_box(mask.values)
     if box is not None:
         stack = slice_stack(mask, box)
-        labels, _, order = _rank_lesions(stack)
-        rank = np.zeros(len(order) + 1, np.uint32)
-        rank[order] = np.arange(1, len(order) + 1)
-        numbers[box] = rank[labels].transpose(np.argsort(stack.axes))
+        inside = np.zeros(stack.values.shape, np.uint32)
+        for rank, lesion in enumerate(_rank_lesions(stack), start=1):
+            inside[lesion.box][lesion.part.values] = rank
+        numbers[box] = inside.transpose(np.argsort(stack.axes))
     return numbers
 
 
-def _rank_lesions(stack: SliceStack) -> tuple[NDArray[Any], dict[str, Any], list[int]]:
-    """The 26-connected parts of a stack, their statistics by label, and the labels in the order of lesions."""
+class _Lesion(NamedTuple):
+    box: Box
+    part: SliceStack
+    volume_ml: float
+    centroid_mm: NDArray[np.float64]
+
+
+def _rank_lesions(stack: SliceStack) -> list[_Lesion]:
+    """The 26-connected parts of a stack, largest first."""
     import cc3d  # here, so that tables can be read and written without it
 
     labels = cc3d.connected_components(stack.values, connectivity=26)
     found = cc3d.statistics(labels)
-    voxels = found["voxel_counts"]
     centroids_mm = stack.to_mm(found["centroids"])
+    lesions = []
+    for n, box in enumerate(found["bounding_boxes"][1:], start=1):
+        part = stack.part(box, labels[box] == n)
+        lesions.append(_Lesion(box, part, part.ml(part.values), centroids_mm[n]))
     # Position breaks ties of volume in patient coordinates, rounded so that arithmetic noise cannot.
-    order = sorted(range(1, len(voxels)), key=lambda n: (-int(voxels[n]), *_down_back_left(centroids_mm[n])))
-    return labels, found, order
+    return sorted(lesions, key=lambda lesion: (-round(lesion.volume_ml, 9), *_down_back_left(lesion.centroid_mm)))
 
 
 def _measure_lesions(stack: SliceStack, whole: Abc2, kinds: NDArray[np.uint8] | None) -> tuple[LesionReport, ...]:
-    """The 26-connected parts of a stack, largest first."""
-    labels, found, order = _rank_lesions(stack)
-    voxels, centroids_mm = found["voxel_counts"], stack.to_mm(found["centroids"])
+    """Measures of every lesion of a stack, largest first."""
     lesions = []
-    for rank, n in enumerate(order, start=1):
-        box = found["bounding_boxes"][n]
-        values = labels[box] == n
-        part = stack.part(box, values)
-        abc2 = whole if len(order) == 1 else measure_stack(part)
-        subtype_ml = None if kinds is None else _subtype_ml(kinds[box][values], stack.grid)
-        x_mm, y_mm, z_mm = centroids_mm[n].tolist()
+    ranked = _rank_lesions(stack)
+    for rank, (box, part, volume_ml, centroid_mm) in enumerate(ranked, start=1):
+        abc2 = whole if len(ranked) == 1 else measure_stack(part)
+        subtype_ml = None if kinds is None else _subtype_ml(np.where(part.values, kinds[box], 0), part)
+        x_mm, y_mm, z_mm = centroid_mm.tolist()
         lesions.append(
             LesionReport(
                 lesion=rank,
-                volume_ml=int(voxels[n]) * stack.grid.voxel_volume_mm3 / 1000,
+                volume_ml=volume_ml,
                 centroid_r_mm=x_mm,
                 centroid_a_mm=y_mm,
                 centroid_s_mm=z_mm,
@@ -299,9 +301,8 @@ def subtype_values(case_id: str, values: NDArray[np.generic]) -> NDArray[np.uint
     return values.astype(np.uint8, copy=False)
 
 
-def _subtype_ml(values: NDArray[np.uint8], grid: Grid) -> SubtypeMl:
-    counts = np.bincount(values.ravel(), minlength=len(Subtype) + 1)
-    return {kind: int(counts[kind]) * grid.voxel_volume_mm3 / 1000 for kind in Subtype}
+def _subtype_ml(values: NDArray[np.uint8], stack: SliceStack) -> SubtypeMl:
+    return {kind: stack.ml(values == kind) for kind in Subtype}
 
 
 def _main_subtype(subtype_ml: SubtypeMl) -> Subtype:

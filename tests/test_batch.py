@@ -1,8 +1,10 @@
 """Many cases: each keeps its row, failures stay apart, and a kill costs only the case that was under way."""
 
 import csv
+import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,12 +12,14 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 from heads import bleeding_head, oracle_bundle, save_nifti, write_heads
 
-from ich_pipeline import cli, commands
+from ich_pipeline import batch, cli, commands, reading
 from ich_pipeline.batch import run_batch
 from ich_pipeline.errors import ConfigError, ReadError, reason
 from ich_pipeline.geometry import Grid
@@ -148,6 +152,17 @@ def test_masks_that_cannot_be_written_fail_their_cases(scans, segmenter, tmp_pat
     assert all("masks" in row.error for row in rows)
 
 
+def test_a_scan_too_large_for_the_memory_fails_alone(segmenter, tmp_path, monkeypatch):
+    write_heads(tmp_path / "scans", 2)
+    large = nib.Nifti1Image(np.zeros((400, 400, 10), np.int16), np.diag([0.5, 0.5, 5, 1]))
+    nib.save(large, tmp_path / "scans" / "head0_large.nii.gz")
+    free = SimpleNamespace(available=reading.BYTES_PER_VOXEL * 400 * 400 * 9)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    rows, _, _ = run(tmp_path / "scans", tmp_path, segmenter)
+    assert [row.status for row in rows] == ["ok", "failed", "ok"]
+    assert rows[1].error.startswith("head0_large: (400, 400, 10) voxels need about 0.1 GiB, and 0.1 GiB are free.")
+
+
 def test_our_own_error_behind_the_wrapping():
     wrapped = RuntimeError("applying transform <object>")
     wrapped.__cause__ = ReadError("head: values run\n from 0 to 1")
@@ -260,6 +275,41 @@ def test_killed_run_goes_on_where_it_stopped(eight, slow_bundle, tmp_path):
     assert (out / "lesions.csv").read_bytes() == (undisturbed / "lesions.csv").read_bytes()
     for file in undisturbed.glob("*.nii.gz"):
         assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_full_disk_stops_and_what_was_done_is_whole(scans, bundle, tmp_path, monkeypatch, capsys):
+    written = 0
+
+    def until_full(*given):
+        nonlocal written
+        written += 1
+        if written > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "volumes.csv")
+        write_tables(*given)
+
+    monkeypatch.setattr(batch, "write_tables", until_full)
+    assert segment(scans, tmp_path / "out", bundle) == 1
+    assert "volumes.csv: No space left on device. What was finished before is whole" in capsys.readouterr().err
+    assert [row["status"] for row in table(tmp_path / "out" / "volumes.csv")] == ["ok"] * 3
+    monkeypatch.undo()
+    assert segment(scans, tmp_path / "out", bundle) == 0
+    assert len(table(tmp_path / "out" / "volumes.csv")) == 5
+    assert hidden(tmp_path / "out") == []
+
+
+def test_a_disk_that_takes_nothing_leaves_nothing(tmp_path):
+    write_heads(tmp_path / "heads", 2, tmp_path / "labels")
+    labels, out = str(tmp_path / "labels"), str(tmp_path / "v.csv")
+    command = [sys.executable, "-m", "ich_pipeline", "volume", labels, "--masks", "--out", out]
+    ended = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
+    )
+    assert ended.returncode == 1
+    assert "File too large. What was finished before is whole; make room" in ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["heads", "labels"]
 
 
 def test_interrupt_exits_130_with_whole_files_only(eight, slow_bundle, tmp_path):

@@ -67,9 +67,10 @@ def test_groups_part_the_cases(table: Path) -> None:
 
 
 def test_tables_and_plots(table: Path, tmp_path: Path) -> None:
-    text = write_cohort(read_cohort(table, "a_ml", ["b_ml", "volume_iph_ml"]), tmp_path / "out")
+    text, by_group = write_cohort(read_cohort(table, "a_ml", ["b_ml", "volume_iph_ml"]), tmp_path / "out")
     assert "| | b_ml | volume_iph_ml |" in text
-    assert "| | below 30 mL | 30 to 60 mL |" in text
+    assert list(by_group) == ["b_ml", "volume_iph_ml"]
+    assert "| | below 30 mL | 30 to 60 mL |" in by_group["b_ml"]
     assert "pairs (patients) | 30 (15) | 30 (15)" in text
     with (tmp_path / "out" / "agreement.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -106,8 +107,8 @@ def test_tables_that_cannot_be_used(tmp_path: Path, text: str | None, message: s
 
 def test_no_groups_no_group_tables(tmp_path: Path) -> None:
     cohort = Cohort("label", [1.0, 2.0, 3.0], {"mask": [1.0, 2.5, 3.0]}, ["a", "b", "c"])
-    text = write_cohort(cohort, tmp_path, plots={"mask": ""})
-    assert "by group" not in text
+    _, by_group = write_cohort(cohort, tmp_path, plots={"mask": ""})
+    assert by_group == {}
     assert (tmp_path / "bland_altman.png").is_file()
 
 

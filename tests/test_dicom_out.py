@@ -399,6 +399,8 @@ class TestPatient:
         slices = find_slices(folder, "x")
         recwarn.clear()
         seg, document = both(slices, lopsided_mask(slices))
+        for dataset in (seg, document):
+            dicom_out._write(tmp_path / "x.dcm", dataset)
         assert (seg.PatientBirthDate, document.PatientSex) == ("born 1956", "lady")
         said = " ".join([caplog.text, *capfd.readouterr(), *(str(w.message) for w in recwarn)])
         assert not [word for word in ("1956", "lady", "ecret", "noon") if word in said]

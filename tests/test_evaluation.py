@@ -22,6 +22,7 @@ from ich_pipeline.evaluation import (
 )
 from ich_pipeline.geometry import Grid
 from ich_pipeline.manifest import write_manifest
+from ich_pipeline.reading import read_mask
 from ich_pipeline.records import CaseRecord, NativeMask
 from ich_pipeline.report import CaseRow, write_tables
 from ich_pipeline.volumetry import measure
@@ -83,8 +84,6 @@ def batch(
     cases: list[CaseRecord], table: Path, change=lambda case_id, mask: mask, failed: tuple[str, ...] = ()
 ) -> Path:
     """A finished batch whose masks are the labels, changed."""
-    from ich_pipeline.reading import read_mask
-
     rows = []
     for case in cases:
         if case.case_id in failed:
@@ -174,10 +173,67 @@ class TestCompare:
             compare(cases, table)
 
 
+class TestNotes:
+    """What a reader of the scores must know stands below them."""
+
+    @pytest.fixture
+    def table(self, cases, tmp_path) -> Path:
+        return batch(cases, tmp_path / "out" / "volumes.csv")
+
+    def probabilities(self, cases, folder: Path) -> Path:
+        for case in cases:
+            label, _ = read_mask(case.label)
+            save_nifti(make(folder) / f"{case.case_id}.nii.gz", label.values * np.uint8(200), label.grid)
+        return folder
+
+    def test_nothing_to_say(self, cases, table, tmp_path):
+        evaluation = compare(cases, table, probabilities=self.probabilities(cases, tmp_path / "out" / "probabilities"))
+        assert evaluation.notes == ()
+        assert evaluation.curve.average_precision.value == 1
+
+    def test_a_curve_needs_every_case(self, cases, table, tmp_path):
+        write_evaluation(
+            compare(cases, table, probabilities=self.probabilities(cases, tmp_path / "out" / "probabilities")),
+            tmp_path / "out",
+        )
+        assert (tmp_path / "out" / "precision_recall.png").is_file()
+        (tmp_path / "out" / "probabilities" / "head2.nii.gz").unlink()
+        evaluation = compare(cases, table, probabilities=tmp_path / "out" / "probabilities")
+        assert evaluation.curve is None
+        assert "1 of 6 cases have no probabilities in probabilities/" in write_evaluation(evaluation, tmp_path / "out")
+        assert not (tmp_path / "out" / "precision_recall.png").exists()
+
+    def test_probabilities_of_another_grid(self, cases, table, tmp_path):
+        folder = self.probabilities(cases, tmp_path / "out" / "probabilities")
+        label, _ = read_mask(cases[1].label)
+        moved = label.grid.affine.copy()
+        moved[1, 3] += 3
+        save_nifti(folder / "head1.nii.gz", label.values, Grid(label.grid.shape, moved))
+        with pytest.raises(GeometryError, match=r"head1: probabilities/head1.nii.gz is on another grid"):
+            compare(cases, table, probabilities=folder)
+
+    def test_labels_with_several_values(self, cases, table):
+        label, _ = read_mask(cases[0].label)
+        values = label.values * np.uint8(2)
+        values[tuple(np.argwhere(values)[0])] = 3
+        save_nifti(cases[0].label, values, label.grid)
+        assert compare(cases, table).notes[0].startswith("The labels of 1 cases hold several values")
+        evaluation = compare(cases, table, subtypes=True)
+        assert evaluation.notes == ()
+        assert evaluation.scored[0].subtypes == "IPH+IVH"
+
+    def test_subtypes_of_the_manifest(self, cases, table):
+        named = [replace(case, extra={"subtype": "SAH"}) for case in cases]
+        assert {each.subtypes for each in compare(named, table).scored} == {"SAH"}
+
+
 def test_files_of_an_evaluation(cases, tmp_path):
     table = batch(cases, tmp_path / "out" / "volumes.csv")
     text = write_evaluation(compare(cases, table), tmp_path / "out")
-    assert (tmp_path / "out" / "evaluation.md").read_text() == text
+    written = (tmp_path / "out" / "evaluation.md").read_text()
+    assert written.startswith(text)
+    assert "by group" not in text
+    assert written.count("by group") == 1  # of the model; the rules by group are in agreement.csv
     for name in ("evaluation.csv", "bland_altman.png", "scatter.png"):
         assert (tmp_path / "out" / name).stat().st_size > 100
     draw_with_labels(cases[:1], table, tmp_path / "out" / "pictures")

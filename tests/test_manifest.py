@@ -1,5 +1,6 @@
 """Tables of cases: what is read, what is refused with its row, and splits that never part a patient."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -122,19 +123,35 @@ def test_labels_may_be_required(manifest):
         read_manifest(manifest("case_id,image\nA,a_img.nii.gz\n"), require_label=True)
 
 
-def test_paths_may_be_absolute_or_above_or_under_the_data_root(manifest, tmp_path, monkeypatch):
-    root = tmp_path / "data"
-    root.mkdir()
-    (root / "r.nii.gz").touch()
-    (root / "a_img.nii.gz").touch()
-    (tmp_path.parent / "up.nii.gz").touch()
-    path = manifest(f"case_id,image\nA,{tmp_path / 'a_img.nii.gz'}\nB,../up.nii.gz\nC,a_img.nii.gz\nD,r.nii.gz\n")
-    with pytest.raises(ManifestError, match=r"row 5: r\.nii\.gz does not exist"):
+def test_paths_lie_beside_the_manifest_or_under_a_data_root(manifest, tmp_path, monkeypatch):
+    roots = [tmp_path.parent / "data", tmp_path.parent / "more"]
+    for root in roots:
+        root.mkdir(exist_ok=True)
+        (root / f"{root.name}.nii.gz").touch()
+    (roots[0] / "a_img.nii.gz").touch()
+    path = manifest(f"case_id,image\nA,{tmp_path / 'a_img.nii.gz'}\nB,more.nii.gz\nC,a_img.nii.gz\nD,data.nii.gz\n")
+    with pytest.raises(ManifestError, match=r"row 3: more\.nii\.gz does not exist"):
         read_manifest(path)
-    monkeypatch.setenv("ICH_DATA_ROOT", str(root))
+    monkeypatch.setenv("ICH_DATA_ROOT", os.pathsep.join(map(str, roots)))
     images = [record.image for record in read_manifest(path)]
     beside = tmp_path / "a_img.nii.gz"  # the manifest's own folder comes first
-    assert images == [beside, tmp_path.parent / "up.nii.gz", beside, root / "r.nii.gz"]
+    assert images == [beside, roots[1] / "more.nii.gz", beside, roots[0] / "data.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    "written", ["../secret.nii.gz", "{outside}/secret.nii.gz", "link.nii.gz", "folder/secret.nii.gz"]
+)
+def test_paths_that_lead_elsewhere_are_refused(manifest, tmp_path, tmp_path_factory, monkeypatch, written):
+    outside = tmp_path_factory.mktemp("outside")
+    for secret in (outside / "secret.nii.gz", tmp_path.parent / "secret.nii.gz"):
+        secret.touch()
+    (tmp_path / "link.nii.gz").symlink_to(outside / "secret.nii.gz")
+    (tmp_path / "folder").symlink_to(outside)
+    path = manifest(f"case_id,image\nA,{written.format(outside=outside)}\n")
+    with pytest.raises(ManifestError, match=r"row 2: .* lies outside .*, expected a file inside"):
+        read_manifest(path)
+    monkeypatch.setenv("ICH_DATA_ROOT", f"{outside}{os.pathsep}{tmp_path.parent}")
+    assert read_manifest(path)[0].image.name == "secret.nii.gz"
 
 
 class TestGrids:
@@ -196,15 +213,19 @@ def test_written_manifest_reads_back(manifest, tmp_path, monkeypatch):
         CaseRecord("A", tmp_path / "a_img.nii.gz", tmp_path / "a_lab.nii.gz", "p1", "train", 0, {"subtype": "IPH"}),
         CaseRecord("B", root / "deep" / "r.nii", None, "p2", "", None, {"subtype": "", "site": 'x, "y"'}),
     ]
-    path = tmp_path / "tables" / "out.csv"
+    path = tmp_path / "out.csv"
     write_manifest(path, written)
     text = path.read_text()
     assert text.splitlines()[0] == "case_id,patient_id,image,label,split,fold,subtype,site"
-    assert "A,p1,../a_img.nii.gz,../a_lab.nii.gz,train,0,IPH," in text
-    assert "B,p2,deep/r.nii,,,," in text
+    assert "A,p1,a_img.nii.gz,a_lab.nii.gz,train,0,IPH," in text
+    assert "B,p2,root/deep/r.nii,,,," in text
     first, second = read_manifest(path)
     assert first == CaseRecord(**{**vars(written[0]), "extra": {"subtype": "IPH", "site": ""}})
     assert second == written[1]
+    with pytest.raises(ManifestError, match=r"lies outside .*tables and .*root, expected a file inside"):
+        write_manifest(tmp_path / "tables" / "out.csv", written)
+    write_manifest(tmp_path / "tables" / "out.csv", written[1:])
+    assert ",p2,deep/r.nii,,,," in (tmp_path / "tables" / "out.csv").read_text()
 
 
 def test_edema_is_a_file(manifest, tmp_path):

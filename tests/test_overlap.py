@@ -1,3 +1,5 @@
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 from shapes import ellipsoid, empty, make_grid, reorient
@@ -5,7 +7,7 @@ from sklearn.metrics import average_precision_score
 from test_abc2 import ORDERS
 
 from ich_pipeline.errors import GeometryError
-from ich_pipeline.overlap import LESION_BIN_NAMES, LESION_BINS_ML, CaseAgreement, SliceCounts, compare_masks, summarise
+from ich_pipeline.overlap import LESION_BIN_NAMES, LESION_BINS_ML, CaseAgreement, compare_masks, summarise
 from ich_pipeline.precision_recall import average_precision, precision_recall, score_histogram
 from ich_pipeline.records import NativeMask
 
@@ -219,30 +221,38 @@ class TestSlices:
         label = self.label(63, 64, 128, 129)
         label.values[30:32, 300:310, 3] = True  # a second, lower region
         slices = compare_masks("case", label, label).slices
-        assert slices == SliceCounts((1, 2, 1), (1, 2, 1), (1.0, 2.0, 1.0))
+        assert [each.height_px for each in slices] == [63, 64, 128, 129]
+        assert [each.group for each in slices] == ["small", "medium", "medium", "large"]
+        assert {(each.hit, each.dice, each.iou, each.hausdorff_px) for each in slices} == {(True, 1.0, 1.0, 0.0)}
 
     def test_two_short_regions_are_not_one_tall(self) -> None:
         label = self.label(40)
         label.values[10:13, 200:240, 0] = True
-        assert compare_masks("case", label, label).slices.labelled == (1, 0, 0)
+        assert compare_masks("case", label, label).slices[0].group == "small"
 
     def test_height_is_in_pixels_of_a_512_slice(self) -> None:
         coarse = make_grid((40, 256, 6), (2, 1, 5))
         mask = empty(coarse)
         mask.values[10, 100:140, 2] = True  # 40 of 256 rows are 80 of 512
-        assert compare_masks("case", mask, mask).slices.labelled == (0, 1, 0)
+        assert compare_masks("case", mask, mask).slices[0].group == "medium"
 
     def test_location_accuracy_counts_labelled_slices(self) -> None:
         label, pred = self.label(10, 10, 10, 10), self.label(10, 5)
         pred.values[10:13, 400:410, 2] = True  # beside the label: found nothing
         pred.values[10:13, 100:110, 5] = True  # a slice without blood is no slice of the label
         slices = compare_masks("case", pred, label).slices
-        assert (slices.labelled, slices.hit) == ((4, 0, 0), (2, 0, 0))
-        assert slices.dice[0] == pytest.approx(1 + 2 * 5 / 15)
+        assert [each.hit for each in slices] == [True, True, False, False]
+        assert [each.dice for each in slices] == [1, pytest.approx(2 / 3), 0, 0]
+        assert [each.iou for each in slices] == [1, 0.5, 0, 0]
+        # Five of ten rows are missing; in the third slice the bar of ten rows lies 300 away; the fourth has nothing.
+        assert [each.hausdorff_px for each in slices] == [0, 5, 300, None]
         summary = summarise([compare_masks("case", pred, label)])
         location, small = summary["location_accuracy"], summary["slice_dice_small"]
         assert (location.mean.value, location.n, location.missed) == (0.5, 4, 2)
         assert (small.mean.value, small.n, small.missed) == (pytest.approx((1 + 2 / 3) / 4), 4, 2)
+        assert summary["slice_iou"].mean.value == pytest.approx(1.5 / 4)
+        distance = summary["slice_hausdorff_px"]
+        assert (distance.mean.value, distance.n, distance.missed) == (pytest.approx(305 / 3), 3, 2)
         assert summary["slice_dice_large"].mean.value is None
 
     @pytest.mark.parametrize("order", ORDERS[::9])
@@ -250,8 +260,8 @@ class TestSlices:
         label, pred = self.label(63, 64, 129), self.label(50, 50)
         turned = compare_masks("case", reorient(pred, order), reorient(label, order))
         straight = compare_masks("case", pred, label)
-        assert (turned.slices.labelled, turned.slices.hit) == (straight.slices.labelled, straight.slices.hit)
-        assert turned.slices.dice == pytest.approx(straight.slices.dice)
+        # Turned about the axis across slices, the slices come in the other order.
+        assert sorted(map(astuple, turned.slices)) == sorted(map(astuple, straight.slices))
 
 
 class TestPrecisionRecall:

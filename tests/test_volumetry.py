@@ -236,13 +236,13 @@ class TestBand:
         probability[5:8, 0, 0] = 0.6
         probability[8:, 0, 0] = 0.3
         mask = NativeMask((probability > 0.5).astype(np.uint8), make_grid((10, 10, 10)))
-        report = with_probability_band(measure("case", mask), probability, 0.5)
+        report = with_probability_band(measure("case", mask), probability, 0.5, mask.grid)
         assert (report.volume_low_ml, report.volume_ml, report.volume_high_ml) == pytest.approx((0.005, 0.008, 0.01))
         assert report.band == "probability"
         # At a threshold of 0.2 the ends are 0.6 and 0.1; a mask that was cleaned afterwards is its own end.
         cleaned = NativeMask(np.zeros_like(mask.values), mask.grid)
         cleaned.values[0, 0, 0] = 1
-        report = with_probability_band(measure("case", cleaned), probability, 0.2)
+        report = with_probability_band(measure("case", cleaned), probability, 0.2, mask.grid)
         assert (report.volume_low_ml, report.volume_high_ml) == pytest.approx((0.001, 0.01))
 
     @pytest.mark.parametrize(("high", "holds"), [(0.9, False), (0.3, True)])
@@ -251,7 +251,7 @@ class TestBand:
         probability[:29, :, :25] = 0.9
         probability[29:35, :, :25] = high if holds else 0.0
         mask = NativeMask((probability > 0.5).astype(np.uint8), make_grid((40, 40, 40)))
-        report = with_probability_band(measure("case", mask), probability, 0.5)
+        report = with_probability_band(measure("case", mask), probability, 0.5, mask.grid)
         assert report.from_30_ml == pytest.approx(-1)
         assert report.band_holds_30 == holds
 
