@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 from numpy.typing import NDArray
 from pydicom import config
 from pydicom.dataset import Dataset
@@ -22,7 +23,9 @@ from pydicom.sr.coding import Code
 from pydicom.uid import SegmentationStorage, generate_uid
 
 from ich_pipeline import __version__
-from ich_pipeline.dicom import STEP_TOLERANCE, STEP_TOLERANCE_MM, Slices, find_slices
+from ich_pipeline.dicom.archive import as_folder
+from ich_pipeline.dicom.headers import CT_CLASS, Image
+from ich_pipeline.dicom.stack import Slices, find_slices
 from ich_pipeline.errors import GeometryError, IchError, ReadError
 from ich_pipeline.files import SEG_SUFFIX, SR_SUFFIX, atomic_path
 from ich_pipeline.records import NativeMask, Scan
@@ -40,7 +43,7 @@ EMPTY = (  # elements that must be there and may be empty; the source's own are 
     *("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"),
 )
 REFERRED_TO = (
-    *("SOPClassUID", *IDENTIFIERS, "Modality"),
+    *IDENTIFIERS,
     *("Rows", "Columns", "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient"),
 )
 LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
@@ -106,8 +109,8 @@ def segmentation(
     """
     with _quiet_headers(slices.case_id):
         _check_identifiers(slices)
-        first = slices.datasets[0]
-        shape = (int(first.Columns), int(first.Rows), len(slices.datasets))
+        first = slices.images[0].header
+        shape = (int(first.Columns), int(first.Rows), len(slices.images))
         if lesions.shape != shape:
             raise GeometryError(
                 f"{slices.case_id}: mask {lesions.shape}, series {shape} (column, row, slice). Segment it again."
@@ -151,14 +154,10 @@ def write_results(folder: Path, scan: Scan, mask: NativeMask, report: VolumeRepo
     Raises:
         ReadError: as `segmentation`, or the source holds another series by now.
     """
-    slices = find_slices(scan.source, scan.case_id)
-    if str(slices.datasets[0].SeriesInstanceUID) != scan.series_uid:
-        raise ReadError(
-            f"{scan.case_id}: {scan.source.name} holds another series than when it was read. Run the command again "
-            "when nothing writes there."
-        )
-    seg = segmentation(slices, label_lesions(mask), report, algorithm)
-    document = measurement_report(slices, report, algorithm, seg)
+    with as_folder(scan.source, scan.case_id) as source:
+        slices = find_slices(source, scan.case_id, scan.series.uid if scan.series else None)
+        seg = segmentation(slices, label_lesions(mask), report, algorithm)
+        document = measurement_report(slices, report, algorithm, seg)
     seg_file = folder / f"{scan.case_id}{SEG_SUFFIX}"
     if seg is None:
         seg_file.unlink(missing_ok=True)
@@ -189,7 +188,6 @@ def _segmentation(
     import highdicom as hd
 
     extents_mm = _slice_extents_mm(slices)
-    even = bool(np.ptp(extents_mm) <= max(STEP_TOLERANCE_MM, STEP_TOLERANCE * np.median(extents_mm)))
     identity = _identity(slices, algorithm, bleeding.tolist(), hashlib.sha256(segments.tobytes()).hexdigest())
     made_by = hd.AlgorithmIdentificationSequence(
         name=algorithm.bundle,
@@ -199,7 +197,9 @@ def _segmentation(
         parameters={"weights_sha256": algorithm.weights_sha256 or "none"},
     )
     seg = hd.seg.Segmentation(
-        source_images=[_reference(slices.datasets[k], float(np.mean(extents_mm)), even=even) for k in bleeding],
+        source_images=[
+            _reference(slices.images[k], float(np.mean(extents_mm)), even=slices.are_even) for k in bleeding
+        ],
         pixel_array=segments,
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[
@@ -227,18 +227,23 @@ def _segmentation(
     organization = _uid(identity, "dimensions")  # highdicom's own is drawn by chance
     for item in (*seg.DimensionOrganizationSequence, *seg.DimensionIndexSequence):
         item.DimensionOrganizationUID = organization
-    if not even:
-        extent_of = {str(slices.datasets[k].SOPInstanceUID): float(extents_mm[k]) for k in bleeding}
-        spacing_mm = slices.datasets[0].PixelSpacing
+    if not slices.are_even:
         del seg.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
-        for frame in seg.PerFrameFunctionalGroupsSequence:
-            source = frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
-            extent_mm = round(extent_of[str(source)], 6)
-            frame.PixelMeasuresSequence = hd.PixelMeasuresSequence(spacing_mm, extent_mm)
-    first = slices.datasets[0]
+    slice_of = {_stand_in(slices.images[k]): k for k in bleeding}
+    for frame in seg.PerFrameFunctionalGroupsSequence:
+        (source,) = frame.DerivationImageSequence[0].SourceImageSequence
+        k = slice_of[str(source.ReferencedSOPInstanceUID)]
+        _refer(source, slices.images[k])
+        if not slices.are_even:
+            extent_mm = round(float(extents_mm[k]), 6)
+            frame.PixelMeasuresSequence = hd.PixelMeasuresSequence(slices.images[k].header.PixelSpacing, extent_mm)
+    files = {str(image.header.SOPInstanceUID): image for image in (slices.images[k] for k in bleeding)}
+    seg.SourceImageSequence = [_whole_file(image) for image in files.values()]
+    seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence = [_whole_file(image) for image in files.values()]
+    source_file = _first_file(slices)
     for name in LOSSY:
-        if name in first:
-            seg[name] = first[name]
+        if name in source_file:
+            seg[name] = source_file[name]
     _copy_patient(seg, slices)
     return seg
 
@@ -248,7 +253,15 @@ def _measurement_report(slices: Slices, report: VolumeReport, algorithm: Algorit
     from highdicom.coding_schemes import CodingSchemeIdentificationItem
 
     seg_uid, segments = (seg.SOPInstanceUID, seg.SegmentSequence) if seg else ("", ())
-    evidence = [_reference(dataset, 0, even=False) for dataset in slices.datasets]
+    files: dict[str, list[Image]] = {}
+    for image in slices.images:
+        files.setdefault(str(image.header.SOPInstanceUID), []).append(image)
+    evidence = [_reference(images[0], 0, even=False) for images in files.values()]
+    for reference, images in zip(evidence, files.values(), strict=True):
+        reference.SOPClassUID, reference.SOPInstanceUID = (
+            images[0].header.SOPClassUID,
+            images[0].header.SOPInstanceUID,
+        )
     identity = _identity(slices, algorithm, seg_uid, *astuple(report))
     made_by = sr.AlgorithmIdentification(
         name=algorithm.bundle,
@@ -271,7 +284,10 @@ def _measurement_report(slices: Slices, report: VolumeReport, algorithm: Algorit
     whole = sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(_uid(identity, "whole"), "Hemorrhage, whole"),
         measurements=measurements({column: getattr(report, column) for column in METHODS}, report.n_lesions),
-        source_images=[sr.SourceImageForMeasurementGroup(e.SOPClassUID, e.SOPInstanceUID) for e in evidence],
+        source_images=[
+            sr.SourceImageForMeasurementGroup(images[0].header.SOPClassUID, uid, _frame_numbers(images))
+            for uid, images in files.items()
+        ],
         **about,
     )
     groups = [
@@ -323,11 +339,12 @@ def _parts(report: VolumeReport) -> list[_Part]:
     return [*parts, _Part(f"Hemorrhage {rest[0].lesion} to {rest[-1].lesion}", rest)] if rest else parts
 
 
-def _reference(dataset: Any, thickness_mm: float, *, even: bool) -> Dataset:
+def _reference(image: Image, thickness_mm: float, *, even: bool) -> Dataset:
     """What highdicom needs to know of a slice, and nothing of the patient: it would quote that in errors and logs."""
     reference = Dataset()
     for name in REFERRED_TO:
-        setattr(reference, name, dataset.get(name))
+        setattr(reference, name, image.header.get(name))
+    reference.SOPClassUID, reference.SOPInstanceUID = CT_CLASS, _stand_in(image)
     for name in EMPTY:
         setattr(reference, name, None)
     # Readers take spacing from here: the distance of the planes, not the header's thickness, which may be anything.
@@ -337,6 +354,29 @@ def _reference(dataset: Any, thickness_mm: float, *, even: bool) -> Dataset:
     return reference
 
 
+def _stand_in(image: Image) -> str:
+    """A UID for one slice while highdicom works, which takes every slice for a CT image; `_refer` replaces it."""
+    return f"{image.header.SOPInstanceUID}.{image.frame}" if image.n_frames > 1 else str(image.header.SOPInstanceUID)
+
+
+def _refer(item: Dataset, image: Image) -> None:
+    item.ReferencedSOPClassUID = image.header.SOPClassUID
+    item.ReferencedSOPInstanceUID = image.header.SOPInstanceUID
+    if image.n_frames > 1:
+        item.ReferencedFrameNumber = image.frame + 1
+
+
+def _whole_file(image: Image) -> Dataset:
+    item = Dataset()
+    item.ReferencedSOPClassUID = image.header.SOPClassUID
+    item.ReferencedSOPInstanceUID = image.header.SOPInstanceUID
+    return item
+
+
+def _frame_numbers(images: Sequence[Image]) -> list[int] | None:
+    return [image.frame + 1 for image in images] if images[0].n_frames > 1 else None
+
+
 def _slice_extents_mm(slices: Slices) -> NDArray[np.float64]:
     """(K,) half the distance to both neighbours along the normal; an end slice reaches out as far as in."""
     steps = np.diff(slices.distances_mm)
@@ -344,11 +384,15 @@ def _slice_extents_mm(slices: Slices) -> NDArray[np.float64]:
 
 
 def _copy_patient(dataset: Dataset, slices: Slices) -> None:
-    """Patient and study modules of the first slice, in UTF-8 whatever the source is encoded in."""
-    dataset.copy_patient_and_study_information(slices.datasets[0])
+    """Patient and study modules of the first slice's file, in UTF-8 whatever the source is encoded in."""
+    dataset.copy_patient_and_study_information(_first_file(slices))
     for _ in dataset.iterall():
         pass  # decodes text by the source's character set while that is still known
     dataset.SpecificCharacterSet = "ISO_IR 192"
+
+
+def _first_file(slices: Slices) -> Dataset:
+    return pydicom.dcmread(slices.images[0].path, force=True, stop_before_pixels=True)
 
 
 def _check_identifiers(slices: Slices) -> None:
@@ -357,13 +401,17 @@ def _check_identifiers(slices: Slices) -> None:
     Raises:
         ReadError: a UID is missing, or differs where it may not, or is shared where it may not be.
     """
-    n_slices = len(slices.datasets)
+    n_slices = len(slices.images)
     for name in IDENTIFIERS:
-        found = [str(dataset.get(name) or "") for dataset in slices.datasets]
+        found = [str(image.header.get(name) or "") for image in slices.images]
+        each = [
+            (uid, image.frame if name == "SOPInstanceUID" else 0)
+            for uid, image in zip(found, slices.images, strict=True)
+        ]
         expected = n_slices if name == "SOPInstanceUID" else 1
-        if "" in found or len(set(found)) != expected:
+        if "" in found or len(set(each)) != expected:
             raise ReadError(
-                f"{slices.case_id}: {n_slices} slices have {len(set(found) - {''})} different {name} and "
+                f"{slices.case_id}: {n_slices} slices have {len({e for e in each if e[0]})} different {name} and "
                 f"{found.count('')} have none, expected {expected} and 0: no DICOM SEG or SR can refer to them. Export "
                 "the series again, or give dicom=false to do without."
             )
@@ -406,7 +454,7 @@ def _family(algorithm: Algorithm) -> Code:
 
 def _identity(slices: Slices, algorithm: Algorithm, *rest: Any) -> str:
     """What decides the content of a file, as one hash."""
-    sources = [str(dataset.SOPInstanceUID) for dataset in slices.datasets]
+    sources = [(str(image.header.SOPInstanceUID), image.frame) for image in slices.images]
     return hashlib.sha256(repr((__version__, astuple(algorithm), sources, rest)).encode()).hexdigest()
 
 

@@ -21,9 +21,9 @@ from ich_pipeline.transforms import scan_of
 
 
 def items(scans: str | Sequence[str]) -> list[dict[str, str]]:
-    """Files, folders or manifests as the data list of a MONAI dataset: `[{"image": path}, ...]`."""
+    """Files, folders or manifests as the data list of a MONAI dataset: `[{"image": path}, ...]` (`CaseRecord.item`)."""
     given = [scans] if isinstance(scans, str) else scans
-    return [{"image": str(case.image)} for case in find_scans([Path(s) for s in given])]
+    return [case.item() for case in find_scans([Path(s) for s in given])]
 
 
 # Gives a context in which the seconds of one named stage are counted (`RunReport.stage`).
@@ -122,7 +122,7 @@ class Segmenter:
             GeometryError: its grid is broken or implausible.
         """
         with stage("read"):
-            data = self.reading({"image": str(case.image)})
+            data = self.reading(case.item())
             scan = scan_of(data["image"], case)
         with stage("preprocess"):
             return Loaded(scan, self.preprocessing(data))

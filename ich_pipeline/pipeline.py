@@ -61,7 +61,7 @@ class Pipeline:
             volumes = with_probability_band(
                 measure(scan.case_id, mask), prediction.probability, self.segmenter.threshold, scan.grid
             )
-        if self.dicom and scan.series_uid:
+        if self.dicom and scan.series:
             with stage("dicom"):
                 bundle = self.segmenter.bundle
                 algorithm = Algorithm(bundle.name, str(bundle.metadata["version"]), self.segmenter.weights_sha256)
@@ -86,4 +86,5 @@ class Pipeline:
             report=volumes,
             bundle=self.segmenter.bundle.name,
             weights_sha256=self.segmenter.weights_sha256,
+            extra=scan.series.columns() if scan.series else {},
         )

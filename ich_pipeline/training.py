@@ -71,7 +71,7 @@ def load_cases(manifest: str | Path | None, fold: int | None = None) -> dict[str
             "each. Start fewer processes or give split=val to more cases."
         )
     return {
-        name: [{"image": str(r.image), "label": str(r.label)} for r in chosen]
+        name: [record.item() for record in chosen]
         for name, chosen in (("train", train), ("val", val[rank() :: n_processes()]))
     }
 

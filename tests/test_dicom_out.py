@@ -13,6 +13,7 @@ import highdicom as hd
 import numpy as np
 import pydicom
 import pytest
+from dicom_cases import LEGACY_CONVERTED, multi_frame
 from heads import oracle_bundle
 from pydicom.dataset import Dataset
 from scan_files import (
@@ -26,7 +27,7 @@ from scan_files import (
 )
 
 from ich_pipeline import cli, dicom_out
-from ich_pipeline.dicom import Slices, find_slices, single_grid
+from ich_pipeline.dicom.stack import Slices, find_slices, single_grid
 from ich_pipeline.dicom_out import METHODS, Algorithm, measurement_report, segmentation, write_results
 from ich_pipeline.errors import ConfigError, GeometryError, ReadError
 from ich_pipeline.geometry import Grid
@@ -63,18 +64,14 @@ SERIES = {
 }
 
 
-def sorted_slices(datasets) -> Slices:
-    """What `find_slices` gives, for steps that it may refuse."""
-    row, column = np.reshape(np.array(datasets[0].ImageOrientationPatient, float), (2, 3))
-    normal = np.cross(row, column)
-    ordered = sorted(datasets, key=lambda d: np.dot(d.ImagePositionPatient, normal))
-    return Slices("case", ordered, normal, np.array([d.ImagePositionPatient for d in ordered], float), ())
+def saved(datasets, folder: Path) -> Slices:
+    return find_slices(save_series(datasets, folder), "case")
 
 
 def lopsided_mask(slices: Slices) -> NativeMask:
     """A ball, a row of voxels and a far corner: three lesions that no flip or swap of axes maps on themselves."""
-    first = slices.datasets[0]
-    shape = (int(first.Columns), int(first.Rows), len(slices.datasets))
+    first = slices.images[0].header
+    shape = (int(first.Columns), int(first.Rows), len(slices.images))
     i, j, k = np.indices(shape)
     values = ((i - 15) ** 2 + (j - 31) ** 2 + (3 * (k - 4)) ** 2 < 50).astype(np.uint8)
     values[30:37, 5, 8] = 1
@@ -126,10 +123,10 @@ class TestSegmentation:
     def test_every_voxel_is_on_its_slice(self, tmp_path, name):
         datasets = SERIES[name]()
         np.random.default_rng(0).shuffle(datasets)
-        slices = sorted_slices(datasets)
+        slices = saved(datasets, tmp_path / "case")
         mask = lopsided_mask(slices)
         seg = written(both(slices, mask)[0], tmp_path / "case.seg.dcm")
-        slice_of = {str(d.SOPInstanceUID): k for k, d in enumerate(slices.datasets)}
+        slice_of = {str(each.header.SOPInstanceUID): k for k, each in enumerate(slices.images)}
         lesions = np.zeros(mask.grid.shape, int)
         for number, uid, position, pixels in frames(seg):
             np.testing.assert_array_equal(position, slices.positions_lps_mm[slice_of[uid]])
@@ -162,7 +159,9 @@ class TestSegmentation:
         written(both(slices, mask)[0], tmp_path / "x.seg.dcm")
         seg = hd.seg.segread(tmp_path / "x.seg.dcm")
         pixels = seg.get_pixels_by_source_instance(
-            [d.SOPInstanceUID for d in slices.datasets], combine_segments=True, assert_missing_frames_are_empty=True
+            [each.header.SOPInstanceUID for each in slices.images],
+            combine_segments=True,
+            assert_missing_frames_are_empty=True,
         )
         np.testing.assert_array_equal(pixels.transpose(2, 1, 0), label_lesions(mask))
 
@@ -170,9 +169,9 @@ class TestSegmentation:
         seg = written(both(*tilted)[0], tmp_path / "x.seg.dcm")
         assert seg.SOPClassUID.name == "Segmentation Storage"
         assert (seg.SegmentationType, seg.SegmentsOverlap, seg.Modality) == ("BINARY", "NO", "SEG")
-        assert seg.FrameOfReferenceUID == tilted[0].datasets[0].FrameOfReferenceUID
-        assert seg.StudyInstanceUID == tilted[0].datasets[0].StudyInstanceUID
-        assert seg.SeriesInstanceUID != tilted[0].datasets[0].SeriesInstanceUID
+        assert seg.FrameOfReferenceUID == tilted[0].images[0].header.FrameOfReferenceUID
+        assert seg.StudyInstanceUID == tilted[0].images[0].header.StudyInstanceUID
+        assert seg.SeriesInstanceUID != tilted[0].images[0].header.SeriesInstanceUID
         for number, segment in enumerate(seg.SegmentSequence, start=1):
             assert (segment.SegmentNumber, segment.SegmentLabel) == (number, f"Hemorrhage {number}")
             assert code(segment.SegmentedPropertyCategoryCodeSequence) == ("49755003", "SCT")
@@ -194,18 +193,18 @@ class TestSegmentation:
 
     def test_spacing_is_that_of_the_planes_and_not_the_header_s(self, tilted):
         measures = both(*tilted)[0].SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
-        assert tilted[0].datasets[0].SliceThickness == 99
+        assert pydicom.dcmread(tilted[0].images[0].path).SliceThickness == 99
         assert (float(measures.SliceThickness), float(measures.SpacingBetweenSlices)) == (11, 11)
 
     def test_uneven_slices_have_their_own_extents(self, tmp_path):
-        slices = sorted_slices(head_series(0, UNEVEN))
+        slices = saved(head_series(0, UNEVEN), tmp_path / "case")
         mask = lopsided_mask(slices)
         written(both(slices, mask)[0], tmp_path / "x.seg.dcm")
         seg = hd.seg.segread(tmp_path / "x.seg.dcm")
         assert "PixelMeasuresSequence" not in seg.SharedFunctionalGroupsSequence[0]
         extent_of = dict(
             zip(
-                [str(d.SOPInstanceUID) for d in slices.datasets],
+                [str(each.header.SOPInstanceUID) for each in slices.images],
                 [4, 4, 4, 4, 2.55, 4.05, 7, 7, 7, 7, 7],  # half the step on either side; the end slices' is doubled
                 strict=True,
             )
@@ -219,9 +218,11 @@ class TestSegmentation:
         assert ml == pytest.approx((areas * list(extent_of.values())).sum() * 4.0 * 4.5 / 1000, rel=1e-5)
 
     def test_lossy_sources_are_named(self, tilted):
-        first = tilted[0].datasets[0]
+        slices, mask = tilted
+        first = pydicom.dcmread(slices.images[0].path)
         first.LossyImageCompression, first.LossyImageCompressionRatio = "01", 12.5
-        seg, _ = both(*tilted)
+        first.save_as(slices.images[0].path)
+        seg, _ = both(slices, mask)
         assert (seg.LossyImageCompression, float(seg.LossyImageCompressionRatio)) == ("01", 12.5)
 
     def test_many_lesions_share_the_last_segment(self, tilted, monkeypatch):
@@ -243,6 +244,52 @@ class TestSegmentation:
         slices, mask = tilted
         with pytest.raises(GeometryError, match=r"case: mask \(50, 44, 14\), series \(44, 50, 14\)"):
             segmentation(slices, label_lesions(mask).transpose(1, 0, 2), measure("case", mask), ALGORITHM)
+
+
+class TestMultiFrame:
+    """Frames of a file are told apart by their number."""
+
+    @pytest.fixture
+    def slices(self, tmp_path) -> Slices:
+        datasets = head_series(12)
+        order = np.random.default_rng(0).permutation(8)
+        first, second = multi_frame(datasets[:8], order=order), multi_frame(datasets[8:], LEGACY_CONVERTED)
+        second.SOPInstanceUID = second.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+        second.filename = "second.dcm"
+        return saved([first, second], tmp_path / "case")
+
+    def test_every_voxel_is_on_its_frame(self, slices, tmp_path):
+        mask = lopsided_mask(slices)
+        seg = written(both(slices, mask)[0], tmp_path / "case.seg.dcm")
+        slice_of = {(str(each.header.SOPInstanceUID), each.frame + 1): k for k, each in enumerate(slices.images)}
+        found = np.zeros(mask.grid.shape, int)
+        for group, (number, uid, position, pixels) in zip(
+            seg.PerFrameFunctionalGroupsSequence, frames(seg), strict=True
+        ):
+            source = group.DerivationImageSequence[0].SourceImageSequence[0]
+            k = slice_of[uid, int(source.ReferencedFrameNumber)]
+            np.testing.assert_array_equal(position, slices.positions_lps_mm[k])
+            found[:, :, k] += number * pixels.T
+        np.testing.assert_array_equal(found, label_lesions(mask))
+        listed = seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+        assert sorted(item.ReferencedSOPInstanceUID for item in listed) == sorted({uid for uid, _ in slice_of})
+
+    def test_report_names_files_once_with_their_frames(self, slices, tmp_path):
+        document = written(both(slices, lopsided_mask(slices))[1], tmp_path / "case.sr.dcm")
+        whole, *_ = items(items(document, "126010")[0], "125007")
+        references = [item.ReferencedSOPSequence[0] for item in whole.ContentSequence if item.ValueType == "IMAGE"]
+        expected = {(str(each.header.SOPInstanceUID), each.frame + 1) for each in slices.images}
+        named = [(str(r.ReferencedSOPInstanceUID), int(n)) for r in references for n in r.ReferencedFrameNumber]
+        assert (len(references), len(named), set(named)) == (2, 14, expected)
+
+
+def test_a_zip_file_is_read_again(tmp_path):
+    folder = save_series(head_series(), tmp_path / "case")
+    shutil.make_archive(str(tmp_path / "case"), "zip", folder)
+    scan = read_scan(tmp_path / "case.zip")
+    mask = NativeMask((scan.image_hu == 65).astype(np.uint8), scan.grid)
+    write_results(tmp_path, scan, mask, measure("case", mask), ALGORITHM)
+    assert sum(pixels.sum() for *_, pixels in frames(pydicom.dcmread(tmp_path / "case.seg.dcm"))) == mask.values.sum()
 
 
 def code(sequence) -> tuple[str, str]:
@@ -290,7 +337,7 @@ class TestReport:
         assert document.CodingSchemeIdentificationSequence[0].CodingSchemeDesignator == "99ICHPIPELINE"
         (measurements,) = items(document, "126010")
         whole, *lesions = items(measurements, "125007")
-        assert source_images(whole) == [d.SOPInstanceUID for d in slices.datasets]
+        assert source_images(whole) == [each.header.SOPInstanceUID for each in slices.images]
         for number, lesion in enumerate(lesions, start=1):
             (reference,) = items(lesion, "121191")
             assert reference.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == seg.SOPInstanceUID
@@ -304,7 +351,7 @@ class TestReport:
             for series in document.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence
             for reference in series.ReferencedSOPSequence
         }
-        assert evidence == {seg.SOPInstanceUID, *(d.SOPInstanceUID for d in slices.datasets)}
+        assert evidence == {seg.SOPInstanceUID, *(each.header.SOPInstanceUID for each in slices.images)}
 
     def test_highdicom_reads_it_back(self, tilted, tmp_path):
         written(both(*tilted)[1], tmp_path / "x.sr.dcm")
@@ -321,7 +368,7 @@ class TestReport:
         document = written(document, tmp_path / "x.sr.dcm")
         assert groups(document) == {"Hemorrhage, whole": {**dict.fromkeys(METHODS, 0.0), "n_lesions": 0}}
         (whole,) = items(items(document, "126010")[0], "125007")
-        assert source_images(whole) == [d.SOPInstanceUID for d in slices.datasets]
+        assert source_images(whole) == [each.header.SOPInstanceUID for each in slices.images]
 
 
 class TestIdentity:
@@ -410,7 +457,7 @@ class TestPatient:
 
     def test_an_error_of_a_library_is_not_quoted(self, tilted, monkeypatch, caplog):
         def copy_patient(dataset, slices):
-            raise ValueError(f"bad id {slices.datasets[0].PatientID}")
+            raise ValueError(f"bad id {slices.images[0].header.PatientID}")
 
         caplog.set_level(logging.DEBUG)
         monkeypatch.setattr(dicom_out, "_copy_patient", copy_patient)
@@ -424,34 +471,30 @@ class TestPatient:
 class TestIdentifiers:
     @pytest.mark.parametrize("name", dicom_out.IDENTIFIERS)
     @pytest.mark.parametrize("n_without", [1, 14])
-    def test_missing(self, name, n_without):
-        datasets = head_series()
-        for d in datasets[:n_without]:
-            delattr(d, name)
-        slices = sorted_slices(datasets)
+    def test_missing(self, tilted, name, n_without):
+        slices, mask = tilted
+        for image in slices.images[:n_without]:
+            delattr(image.header, name)
         with pytest.raises(ReadError, match=rf"{name} and {n_without} have none, .* dicom=false"):
-            both(slices, lopsided_mask(slices))
+            both(slices, mask)
 
-    def test_two_frames_of_reference(self):
-        datasets = head_series()
-        datasets[3].FrameOfReferenceUID = "1.2.3"
-        slices = sorted_slices(datasets)
+    def test_two_frames_of_reference(self, tilted):
+        tilted[0].images[3].header.FrameOfReferenceUID = "1.2.3"
         with pytest.raises(ReadError, match="2 different FrameOfReferenceUID and 0 have none, expected 1"):
-            both(slices, lopsided_mask(slices))
+            both(*tilted)
 
-    def test_a_uid_that_two_slices_share(self):
-        datasets = head_series()
-        datasets[3].SOPInstanceUID = datasets[4].SOPInstanceUID
-        slices = sorted_slices(datasets)
+    def test_a_uid_that_two_slices_share(self, tilted):
+        one, other = (image.header for image in tilted[0].images[3:5])
+        one.SOPInstanceUID = other.SOPInstanceUID
         with pytest.raises(ReadError, match="13 different SOPInstanceUID and 0 have none, expected 14"):
-            both(slices, lopsided_mask(slices))
+            both(*tilted)
 
     def test_another_series_in_the_folder_by_now(self, tmp_path):
         folder = save_series(head_series(), tmp_path / "x")
         scan = read_scan(folder)
         save_series(head_series(), folder)
         mask = NativeMask(np.zeros(scan.grid.shape, np.uint8), scan.grid)
-        with pytest.raises(ReadError, match="x holds another series"):
+        with pytest.raises(ReadError, match=scan.series.uid):
             write_results(tmp_path, scan, mask, measure("x", mask), ALGORITHM)
         assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
@@ -459,7 +502,7 @@ class TestIdentifiers:
 @pytest.mark.skipif(not shutil.which("dciodvfy"), reason="needs dciodvfy of the Debian package dicom3tools")
 @pytest.mark.parametrize("name", ["tilt", "uneven", "coronal"])
 def test_the_standard_s_rules_are_kept(tmp_path, name):
-    slices = sorted_slices(SERIES[name]())
+    slices = saved(SERIES[name](), tmp_path / "case")
     for number, dataset in enumerate(both(slices, lopsided_mask(slices))):
         path = tmp_path / f"{number}.dcm"
         written(dataset, path)
@@ -525,7 +568,9 @@ class TestRun:
         scans, out = finished
         mask, _ = read_mask(out / "masks" / "bleed.nii.gz")
         assert mask.values.sum() * mask.grid.voxel_volume_mm3 / 1000 > 5
-        slice_of = {str(d.SOPInstanceUID): k for k, d in enumerate(find_slices(scans / "bleed", "bleed").datasets)}
+        slice_of = {
+            str(each.header.SOPInstanceUID): k for k, each in enumerate(find_slices(scans / "bleed", "bleed").images)
+        }
         found = np.zeros_like(mask.values)
         for _, uid, _, pixels in frames(pydicom.dcmread(out / "masks" / "bleed.seg.dcm")):
             found[:, :, slice_of[uid]] |= pixels.T
@@ -640,18 +685,18 @@ class TestRealSeries:
         seg, document = both(slices, mask)
         assert time.perf_counter() - start < 20  # 0.3 s on one core, the import of highdicom included
         seg = written(seg, tmp_path / "ge.seg.dcm")
-        slice_of = {str(d.SOPInstanceUID): k for k, d in enumerate(slices.datasets)}
+        slice_of = {str(each.header.SOPInstanceUID): k for k, each in enumerate(slices.images)}
         found = np.zeros_like(mask.values)
         for _, uid, position, pixels in frames(seg):
             found[:, :, slice_of[uid]] |= pixels.T
             np.testing.assert_array_equal(position, slices.positions_lps_mm[slice_of[uid]])
         np.testing.assert_array_equal(found, mask.values)
         assert groups(document)["Hemorrhage, whole"]["volume_ml"] == pytest.approx(30.1, rel=0.02)
-        assert seg.PatientID == slices.datasets[0].PatientID
+        assert seg.PatientID == slices.images[0].header.PatientID
 
     def test_uneven_series(self, real_data, tmp_path):
         paths = sorted((real_data / "ge_head_dicom").glob("*.dcm"))
-        slices = sorted_slices([pydicom.dcmread(path, defer_size="16 KB") for path in paths])
+        slices = find_slices(real_data / "ge_head_dicom", "ge")
         values = np.zeros((512, 512, len(paths)), np.uint8)
         values[200:260, 220:250, 10:18] = 1
         mask = NativeMask(values, Grid(values.shape, np.diag([0.5, 0.5, 5.0, 1.0])))
