@@ -49,6 +49,7 @@ def _main(
     Settings are given as key=value and reach any key of a bundle's config (nested keys with a dot); values are YAML.
     """
     logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("highdicom").setLevel(logging.WARNING)  # it says each element that it copies
 
 
 def split_words(words: list[str]) -> tuple[list[Path], list[str]]:

@@ -13,6 +13,9 @@ from typing import Any
 
 from ich_pipeline.errors import ReadError
 
+# Results of a DICOM scan, beside its mask: `<case_id>.seg.dcm`, `<case_id>.sr.dcm`.
+SEG_SUFFIX, SR_SUFFIX = ".seg.dcm", ".sr.dcm"
+
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ich_pipeline.dicom_out import Algorithm, write_results
 from ich_pipeline.inference import Loaded, Prediction, Segmenter
 from ich_pipeline.pictures import montage, write_png
 from ich_pipeline.quality import scan_flags
@@ -26,6 +27,7 @@ class Pipeline:
         report: takes seconds and memory of every stage.
         regions: folder of what a cascade's first stage found, `<case_id>.nii.gz`; None where nobody asks for it.
         probabilities: folder of the probabilities, `<case_id>.nii.gz`, 0 to 255; None where nobody asks for them.
+        dicom: also write mask and volumes of a scan that came from DICOM as DICOM, beside the mask.
     """
 
     segmenter: Segmenter
@@ -34,6 +36,7 @@ class Pipeline:
     report: RunReport
     regions: Path | None = None
     probabilities: Path | None = None
+    dicom: bool = True
 
     def run(self, case: CaseRecord) -> CaseRow:
         """One case from its file to its row; `batch.py` overlaps the three steps of different cases."""
@@ -51,7 +54,7 @@ class Pipeline:
         return self.segmenter.segment(loaded, stage, with_regions=self.regions is not None)
 
     def finish(self, prediction: Prediction) -> CaseRow:
-        """Native mask to file, volumes and picture."""
+        """Native mask to files, volumes and picture."""
         scan, mask = prediction.scan, prediction.mask
         stage = partial(self.report.stage, case_id=scan.case_id)
         mask_file = self.masks / f"{scan.case_id}.nii.gz"
@@ -59,7 +62,12 @@ class Pipeline:
             volumes = with_probability_band(
                 measure(scan.case_id, mask), prediction.probability, self.segmenter.threshold, scan.grid
             )
-        with stage("write"):
+        if self.dicom and scan.series:
+            with stage("dicom"):
+                bundle = self.segmenter.bundle
+                algorithm = Algorithm(bundle.name, str(bundle.metadata["version"]), self.segmenter.weights_sha256)
+                write_results(self.masks, scan, mask, volumes, algorithm)
+        with stage("write"):  # after DICOM: a case with a mask has all its files
             write_mask(mask_file, mask.values, scan.grid, scan.forms)
             if self.regions and prediction.regions:
                 write_mask(self.regions / mask_file.name, prediction.regions.values, scan.grid, scan.forms)

@@ -15,7 +15,7 @@ from ich_pipeline.dicom import read_series
 from ich_pipeline.dicom.archive import is_zip
 from ich_pipeline.dicom.headers import is_dicom
 from ich_pipeline.errors import ReadError
-from ich_pipeline.files import files_under
+from ich_pipeline.files import SEG_SUFFIX, SR_SUFFIX, files_under
 from ich_pipeline.geometry import Grid
 from ich_pipeline.hounsfield import check_head, clean_hu
 from ich_pipeline.manifest import read_manifest
@@ -149,8 +149,7 @@ def _scans_under(root: Path) -> list[Path]:
     folders_of: dict[str, list[Path]] = defaultdict(list)  # by StudyInstanceUID of the first file
     for folder, files in files_under(root, str(root)):
         single += [file for file in files if is_zip(file) or (is_nifti(file) and not _is_second_of_pair(file))]
-        others = (file for file in files if not is_zip(file) and not is_nifti(file) and file.name != "DICOMDIR")
-        first = next((file for file in others if is_dicom(file)), None)
+        first = next((file for file in files if not _is_no_slice(file) and is_dicom(file)), None)
         if first:
             folders_of[_study_uid(first)].append(folder)
     return sorted({*single, *_common_parents(list(folders_of.values()))})
@@ -162,6 +161,11 @@ def _common_parents(folders_of_studies: list[list[Path]]) -> Iterator[Path]:
         parent = Path(os.path.commonpath(folders))
         others = (each for group in folders_of_studies if group is not folders for each in group)
         yield from folders if any(each.is_relative_to(parent) for each in others) else [parent]
+
+
+def _is_no_slice(file: Path) -> bool:
+    """Whether the name says that a file is no slice: a folder of masks holds their SEG and SR as well."""
+    return is_zip(file) or is_nifti(file) or file.name == "DICOMDIR" or file.name.endswith((SEG_SUFFIX, SR_SUFFIX))
 
 
 def _is_second_of_pair(file: Path) -> bool:

@@ -40,6 +40,7 @@ OPTIONAL = (
     "SeriesInstanceUID",
     "SOPClassUID",
     "SOPInstanceUID",
+    "FrameOfReferenceUID",
     "PatientID",  # compared, never shown
     "ImageType",
     "NumberOfFrames",
