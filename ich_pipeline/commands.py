@@ -116,9 +116,7 @@ def segment_cases(
     pictures = table.parent / "pictures" if settings.run["pictures"] else None
     for folder in filter(None, (table.parent, masks, pictures, regions, probabilities)):
         remove_leftovers(folder)
-    pipeline = Pipeline(
-        segmenter, masks, pictures, report, regions, probabilities, dicom=settings.run["dicom"] == "auto"
-    )
+    pipeline = Pipeline(segmenter, masks, pictures, report, regions, probabilities, dicom=settings.run["dicom"])
     report.write(table.parent / "run.json")
     try:
         with tqdm(total=len(cases), initial=len(done), desc="scans", unit="scan", file=sys.stderr) as bar:
@@ -289,7 +287,7 @@ def _done_before(table: Path, cases: Sequence[CaseRecord], config: Mapping[str, 
             f"{table} also holds {other[0]}, which is not among these scans ({len(other)} in all). Give another --out, "
             "or overwrite=true to replace it."
         )
-    return [row for row in rows if _is_whole(row, dicom=config["run"]["dicom"] == "auto")]
+    return [row for row in rows if _is_whole(row, dicom=bool(config["run"]["dicom"]))]
 
 
 def _is_whole(row: CaseRow, *, dicom: bool) -> bool:
@@ -299,7 +297,8 @@ def _is_whole(row: CaseRow, *, dicom: bool) -> bool:
 
     if not (row.image and row.mask and row.report and _is_newer(row.mask, row.image)):
         return False
-    return not dicom or is_nifti(row.image) or are_complete(row.mask, row.report.n_lesions)
+    no_dicom = not dicom or is_nifti(row.image) or "no_dicom_results" in row.flags
+    return no_dicom or are_complete(row.mask, row.report.n_lesions)
 
 
 def _decisive(config: Mapping[str, Any]) -> tuple[Any, Any, Any]:

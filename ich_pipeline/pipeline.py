@@ -1,5 +1,6 @@
 """The whole flow for one case, on one screen."""
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -7,14 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from ich_pipeline.dicom_out import Algorithm, write_results
+from ich_pipeline.errors import ReadError
 from ich_pipeline.inference import Loaded, Prediction, Segmenter
 from ich_pipeline.pictures import montage, write_png
 from ich_pipeline.quality import scan_flags
-from ich_pipeline.records import CaseRecord
+from ich_pipeline.records import CaseRecord, NativeMask, Scan
 from ich_pipeline.report import CaseRow
 from ich_pipeline.restoring import write_mask
 from ich_pipeline.run_report import RunReport
-from ich_pipeline.volumetry import measure, with_probability_band
+from ich_pipeline.volumetry import VolumeReport, measure, with_probability_band
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Pipeline:
         report: takes seconds and memory of every stage.
         regions: folder of what a cascade's first stage found, `<case_id>.nii.gz`; None where nobody asks for it.
         probabilities: folder of the probabilities, `<case_id>.nii.gz`, 0 to 255; None where nobody asks for them.
-        dicom: also write mask and volumes of a scan that came from DICOM as DICOM, beside the mask.
+        dicom: also write mask and volumes of a DICOM scan as DICOM, beside the mask: `auto` flags a case whose headers
+            do not allow it (`no_dicom_results`), True makes it fail, False writes none.
     """
 
     segmenter: Segmenter
@@ -36,7 +41,7 @@ class Pipeline:
     report: RunReport
     regions: Path | None = None
     probabilities: Path | None = None
-    dicom: bool = True
+    dicom: bool | str = "auto"
 
     def run(self, case: CaseRecord) -> CaseRow:
         """One case from its file to its row; `batch.py` overlaps the three steps of different cases."""
@@ -62,11 +67,10 @@ class Pipeline:
             volumes = with_probability_band(
                 measure(scan.case_id, mask), prediction.probability, self.segmenter.threshold, scan.grid
             )
+        flags = scan.flags + prediction.flags
         if self.dicom and scan.series:
             with stage("dicom"):
-                bundle = self.segmenter.bundle
-                algorithm = Algorithm(bundle.name, str(bundle.metadata["version"]), self.segmenter.weights_sha256)
-                write_results(self.masks, scan, mask, volumes, algorithm)
+                flags += self._write_dicom(scan, mask, volumes)
         with stage("write"):  # after DICOM: a case with a mask has all its files
             write_mask(mask_file, mask.values, scan.grid, scan.forms)
             if self.regions and prediction.regions:
@@ -76,7 +80,7 @@ class Pipeline:
                 write_mask(self.probabilities / mask_file.name, eight_bits, scan.grid, scan.forms)
         with stage("quality"):
             border = ("touches_border",) if volumes.touches_border else ()
-            flags = scan.flags + prediction.flags + scan_flags(scan.image_hu, scan.grid) + border
+            flags += scan_flags(scan.image_hu, scan.grid) + border
         if self.pictures:
             with stage("picture"):
                 picture = montage(scan.image_hu, mask, case_id=scan.case_id, report=volumes, flags=flags)
@@ -92,3 +96,16 @@ class Pipeline:
             weights_sha256=self.segmenter.weights_sha256 or "",
             extra=scan.series.columns() if scan.series else {},
         )
+
+    def _write_dicom(self, scan: Scan, mask: NativeMask, volumes: VolumeReport) -> tuple[str, ...]:
+        """SEG and SR of a case, and the flag of one that cannot have them."""
+        bundle = self.segmenter.bundle
+        algorithm = Algorithm(bundle.name, str(bundle.metadata["version"]), self.segmenter.weights_sha256 or "")
+        try:
+            write_results(self.masks, scan, mask, volumes, algorithm)
+        except ReadError as error:
+            if self.dicom is True:
+                raise
+            log.warning("%s The volume stands; there is no DICOM SEG and SR.", error)
+            return ("no_dicom_results",)
+        return ()

@@ -30,8 +30,8 @@ class Settings:
         run = bundles.read_yaml(bundles.resource("configs") / "run.yaml")
         given = bundles.parse_overrides(words)
         own = {key: given.pop(key) for key in list(given) if key in run}
-        if own.get("dicom", "auto") not in ("auto", False):
-            raise ConfigError(f"dicom={own['dicom']}: expected auto or false")
+        if own.get("dicom", "auto") not in ("auto", True, False):
+            raise ConfigError(f"dicom={own['dicom']}: expected auto, true or false")
         return cls({**run, **own}, given)
 
     def each_bundle(self) -> "list[Settings]":

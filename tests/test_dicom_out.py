@@ -637,21 +637,30 @@ class TestRun:
         assert exited.value.code == 0
         assert [row["case_id"] for row in rows(again[1] / "m" / "volumes.csv")] == ["bleed", "clean"]
 
-    def test_a_scan_that_cannot_be_referred_to_is_that_case_s_row(self, tmp_path, bundle):
+    def test_a_scan_that_cannot_be_referred_to_has_a_flag_or_fails(self, tmp_path, bundle):
         datasets = patients(tmp_path / "scans")
         for d in datasets:
             del d.FrameOfReferenceUID
         save_series(datasets, tmp_path / "scans" / "bleed")
-        assert segment(tmp_path / "scans", tmp_path / "out", bundle) == 1
+        assert segment(tmp_path / "scans", tmp_path / "auto", bundle) == 0
+        bleed, clean = rows(tmp_path / "auto" / "volumes.csv")
+        assert float(bleed["volume_ml"]) > 0
+        assert ("no_dicom_results" in bleed["flags"], "no_dicom_results" in clean["flags"]) == (True, False)
+        names = {path.name for path in (tmp_path / "auto" / "masks").iterdir()}
+        assert names == {"bleed.nii.gz", "clean.nii.gz", "clean.sr.dcm"}
+        before = (tmp_path / "auto" / "masks" / "bleed.nii.gz").stat().st_mtime_ns
+        assert segment(tmp_path / "scans", tmp_path / "auto", bundle) == 0  # nothing is done again
+        assert (tmp_path / "auto" / "masks" / "bleed.nii.gz").stat().st_mtime_ns == before
+        assert segment(tmp_path / "scans", tmp_path / "out", bundle, "dicom=true") == 1
         bleed, clean = rows(tmp_path / "out" / "volumes.csv")
         assert (bleed["status"], clean["status"]) == ("failed", "ok")
         assert "0 different FrameOfReferenceUID and 14 have none" in bleed["error"]
         assert {path.name for path in (tmp_path / "out" / "masks").iterdir()} == {"clean.nii.gz", "clean.sr.dcm"}
         assert segment(tmp_path / "scans", tmp_path / "out", bundle, "dicom=false", "overwrite=true") == 0
 
-    @pytest.mark.parametrize("value", ["true", "yes please"])
+    @pytest.mark.parametrize("value", ["yes please", "1.5"])
     def test_other_values_of_the_setting_are_refused(self, value):
-        with pytest.raises(ConfigError, match="expected auto or false"):
+        with pytest.raises(ConfigError, match="expected auto, true or false"):
             Settings.of([f"dicom={value}"])
 
 
