@@ -116,7 +116,8 @@ def segment_cases(
     pictures = table.parent / "pictures" if settings.run["pictures"] else None
     for folder in filter(None, (table.parent, masks, pictures, regions, probabilities)):
         remove_leftovers(folder)
-    pipeline = Pipeline(segmenter, masks, pictures, report, regions, probabilities, dicom=settings.run["dicom"])
+    kept = {name: settings.run[name] for name in ("dicom", "keep_identifiers")}
+    pipeline = Pipeline(segmenter, masks, pictures, report, regions, probabilities, **kept)
     report.write(table.parent / "run.json")
     try:
         with tqdm(total=len(cases), initial=len(done), desc="scans", unit="scan", file=sys.stderr) as bar:
@@ -301,10 +302,10 @@ def _is_whole(row: CaseRow, *, dicom: bool) -> bool:
     return no_dicom or are_complete(row.mask, row.report.n_lesions)
 
 
-def _decisive(config: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+def _decisive(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of a recorded config decides the files of a run."""
     run = config.get("run") or {}
-    return config.get("inference"), run.get("pictures"), run.get("dicom")
+    return config.get("inference"), *(run.get(name) for name in ("pictures", "dicom", "keep_identifiers"))
 
 
 def _is_newer(mask: Path, scan: Path) -> bool:

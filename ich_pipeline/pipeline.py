@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ich_pipeline.dicom.identifiers import read_identifiers
 from ich_pipeline.dicom_out import Algorithm, write_results
 from ich_pipeline.errors import ReadError
 from ich_pipeline.inference import Loaded, Prediction, Segmenter
@@ -33,6 +34,7 @@ class Pipeline:
         probabilities: folder of the probabilities, `<case_id>.nii.gz`, 0 to 255; None where nobody asks for them.
         dicom: also write mask and volumes of a DICOM scan as DICOM, beside the mask: `auto` flags a case whose headers
             do not allow it (`no_dicom_results`), True makes it fail, False writes none.
+        keep_identifiers: also put into the row whom a DICOM scan is of.
     """
 
     segmenter: Segmenter
@@ -42,6 +44,7 @@ class Pipeline:
     regions: Path | None = None
     probabilities: Path | None = None
     dicom: bool | str = "auto"
+    keep_identifiers: bool = False
 
     def run(self, case: CaseRecord) -> CaseRow:
         """One case from its file to its row; `batch.py` overlaps the three steps of different cases."""
@@ -94,8 +97,14 @@ class Pipeline:
             report=volumes,
             bundle=self.segmenter.bundle.name,
             weights_sha256=self.segmenter.weights_sha256 or "",
-            extra=scan.series.columns() if scan.series else {},
+            extra=self._series_columns(scan),
         )
+
+    def _series_columns(self, scan: Scan) -> dict[str, str]:
+        if scan.series is None:
+            return {}
+        who = read_identifiers(scan.source, scan.case_id, scan.series.uid) if self.keep_identifiers else {}
+        return scan.series.columns() | who
 
     def _write_dicom(self, scan: Scan, mask: NativeMask, volumes: VolumeReport) -> tuple[str, ...]:
         """SEG and SR of a case, and the flag of one that cannot have them."""

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import highdicom as hd
 import numpy as np
@@ -27,10 +28,12 @@ from scan_files import (
 )
 
 from ich_pipeline import cli, dicom_out
+from ich_pipeline.dicom.identifiers import COLUMNS, read_identifiers
 from ich_pipeline.dicom.stack import Slices, find_slices, single_grid
 from ich_pipeline.dicom_out import METHODS, Algorithm, measurement_report, segmentation, write_results
 from ich_pipeline.errors import ConfigError, GeometryError, ReadError
 from ich_pipeline.geometry import Grid
+from ich_pipeline.privacy import Privacy
 from ich_pipeline.reading import read_mask, read_scan
 from ich_pipeline.records import CaseRecord, NativeMask
 from ich_pipeline.report import failed_row
@@ -604,6 +607,38 @@ class TestRun:
         said = (caplog.text + "".join(capfd.readouterr())).encode()
         assert b"scans" in said  # the bar, so stderr was seen
         assert not [secret for secret in secrets if secret in said]
+
+    def test_identifiers_are_kept_where_asked_and_leave_no_machine(self, tmp_path, bundle):
+        patients(tmp_path / "scans")
+        assert segment(tmp_path / "scans", tmp_path / "out", bundle, "--keep-identifiers") == 0
+        bleed, _ = rows(tmp_path / "out" / "volumes.csv")
+        found = {name: bleed[name] for name in COLUMNS.values()}
+        header = pydicom.dcmread(next((tmp_path / "scans" / "bleed").iterdir()))
+        assert found["patient_id"] == header.PatientID == "MRN-4711"
+        assert found["study_date"] == "20240105"
+        assert "Secretia" in found["patient_name"]
+        assert found["accession_number"] == "ACC-0815"
+        left_out = Privacy().table(tmp_path / "out" / "volumes.csv", tmp_path / "sent.csv")
+        assert set(COLUMNS.values()) <= set(left_out)
+        # The same command goes on; without the option it is another run.
+        assert segment(tmp_path / "scans", tmp_path / "out", bundle, "--keep-identifiers") == 0
+        assert rows(tmp_path / "out" / "volumes.csv")[0]["patient_id"] == "MRN-4711"
+        assert segment(tmp_path / "scans", tmp_path / "out", bundle) == 2
+
+    def test_identifiers_that_cannot_be_read_are_said_without_their_value(self, tmp_path, monkeypatch):
+        patients(tmp_path / "scans")
+
+        def broken(*given, **named):
+            raise ValueError("DOE^JANE cannot be decoded")
+
+        monkeypatch.setattr("ich_pipeline.dicom.identifiers.pydicom.dcmread", broken)
+        slices = SimpleNamespace(images=[SimpleNamespace(path=tmp_path / "1.dcm")])
+        monkeypatch.setattr("ich_pipeline.dicom.identifiers.find_slices", lambda *given: slices)
+        with pytest.raises(
+            ReadError, match=r"bleed: the patient's elements in 1\.dcm cannot be read \(ValueError\)"
+        ) as told:
+            read_identifiers(tmp_path / "scans" / "bleed", "bleed", "")
+        assert "JANE" not in str(told.value)
 
     @pytest.mark.parametrize("gone", ["bleed.seg.dcm", "bleed.sr.dcm", "clean.sr.dcm"])
     def test_a_file_that_is_gone_is_made_again(self, again, bundle, gone):
