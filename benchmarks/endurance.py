@@ -2,8 +2,8 @@
 
     python benchmarks/endurance.py [--cases 500] [--bundle DIR]
 
-The scans are one phantom under many names. Prints a table; exits 1 when memory after the first hundred grew by more
-than a megabyte a hundred scans.
+The scans are one phantom, with larger pixels, under many names. Prints a table; exits 1 when memory after the first
+hundred grew by more than a megabyte a hundred scans.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import psutil
 
@@ -28,6 +29,17 @@ EVERY = 100
 LIMIT_MIB = 1.0
 
 
+def smaller(image: Path, out: Path) -> Path:
+    """Every 4 x 4 pixels averaged, so that a scan takes a fraction of a second."""
+    whole = nib.load(image)
+    values = np.asarray(whole.dataobj, dtype=np.float32)
+    i, j, k = values.shape
+    pixels = values[: i // 4 * 4, : j // 4 * 4].reshape(i // 4, 4, j // 4, 4, k).mean(axis=(1, 3))
+    affine = whole.affine @ np.diag([4.0, 4.0, 1.0, 1.0])
+    nib.save(nib.Nifti1Image(np.rint(pixels).astype(np.int16), affine), out)
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=500)
@@ -39,7 +51,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_dataset(folder / "phantom", 1, 0)
-        (scan,) = (folder / "phantom" / "images").iterdir()
+        (image,) = (folder / "phantom" / "images").iterdir()
+        scan = smaller(image, folder / "smaller.nii.gz")
         cases = []
         for n in range(given.cases):
             (folder / f"case{n:04}.nii.gz").hardlink_to(scan)

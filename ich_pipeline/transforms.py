@@ -39,6 +39,8 @@ BOX_STRIDE = 4
 BOX_MARGIN_MM = 8.0
 # A largest piece of bone smaller than this is not a skull (a fragment, a calibration rod): the whole image is kept.
 SMALLEST_SKULL_MM = 90.0
+# More than float32 rounds off, less than one sample of any group.
+TIE = 1e-3
 # Nor is one that does not hold most of what is neither air nor bone: a thick table beside the head.
 TISSUE_HU = (0, 80)
 LEAST_TISSUE_SHARE = 0.5
@@ -236,11 +238,20 @@ def interpolation_matrix(n_in: int, at: NDArray[np.float64], step: float) -> NDA
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def averaging_matrix(n_in: int, group: int) -> NDArray[np.float32]:
-    """Weights that average whole groups of neighbouring samples; a last, shorter group averages what it has."""
+def averaging_matrix(n_in: int, group: int, *, tie: bool = False) -> NDArray[np.float32]:
+    """Weights that average whole groups of neighbouring samples; a last, shorter group averages what it has.
+
+    Args:
+        n_in: samples given.
+        group: samples in a group.
+        tie: the samples are 0 or 1 and will be cut at one half: let the first samples weigh a trace more. Of groups that
+            are half full, those at one end of a bleed count then and those at the other do not; if all counted, 2.5 mm
+            slices in pairs would make a label of 30 mL 6 % larger.
+    """
     weights = np.zeros((-(-n_in // group), n_in), dtype=np.float32)
     for row, first in enumerate(range(0, n_in, group)):
-        weights[row, first : first + group] = 1.0 / len(weights[row, first : first + group])
+        n = len(weights[row, first : first + group])
+        weights[row, first : first + group] = (1 + (TIE * np.linspace(1, -1, n) if tie and n > 1 else 0)) / n
     return weights
 
 
@@ -319,7 +330,7 @@ class ModelGrid(InvertibleTransform):
             n = crop.shape[axis + 1]
             if native_axis == grid.slice_axis:
                 group = max(1, round(self.spacing_mm[axis] / grid.slice_spacing_mm))
-                averaging[axis] = averaging_matrix(n, group) if group > 1 else None
+                averaging[axis] = averaging_matrix(n, group, tie=mask) if group > 1 else None
                 size[axis] = -(-n // group)
                 axis_maps[axis] = ((group - 1) / 2, float(group))
             else:

@@ -219,6 +219,19 @@ class TestMatrices:
             np.array([[0.75, 0.25, 0], [0, 0.75, 0.25]])
         )
 
+    @pytest.mark.parametrize("group", [2, 3, 4, 6])
+    def test_labels_keep_their_volume(self, group):
+        """Blocks at every place: what ties add at one end they take at the other. Less than half a group is lost."""
+        added = []
+        for length in range(group, 3 * group):
+            for first in range(12, 12 + group):
+                label = np.zeros(48)
+                label[first : first + length] = 1
+                cut = averaging_matrix(48, group, tie=True) @ label >= 0.5
+                added.append(cut.sum() * group - length)
+        assert np.mean(added) == pytest.approx(0, abs=0.05)
+        assert averaging_matrix(48, group, tie=True).sum(axis=1) == pytest.approx(1)
+
     def test_last_group_averages_what_it_has(self):
         assert averaging_matrix(5, 2) @ np.array([0, 2, 4, 6, 8]) == pytest.approx([1, 5, 8])
 
