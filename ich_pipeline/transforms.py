@@ -245,8 +245,8 @@ def averaging_matrix(n_in: int, group: int, *, tie: bool = False) -> NDArray[np.
         n_in: samples given.
         group: samples in a group.
         tie: the samples are 0 or 1 and will be cut at one half: let the first samples weigh a trace more. Of groups
-            that are half full, those at one end of a bleed count then and those at the other do not; if all counted, 2.5 mm
-            slices in pairs would make a label of 30 mL 6 % larger.
+            that are half full, those at one end of a bleed count then and those at the other do not; if all counted,
+            2.5 mm slices in pairs would make a label of 30 mL 6 % larger.
     """
     weights = np.zeros((-(-n_in // group), n_in), dtype=np.float32)
     for row, first in enumerate(range(0, n_in, group)):
