@@ -60,14 +60,13 @@ def segment(scans: Sequence[Path], masks: Path, table: Path, settings: Settings)
             scans.
         ReadError: no scans there.
     """
-    bundle = settings.bundle()
-    config = settings.config(bundle, "inference")["inference"]
+    members = _members(settings)
     _check_outside(scans, masks)
 
     from ich_pipeline.reading import find_scans
 
     cases = find_scans(scans)
-    status = segment_cases(cases, bundle, config, masks, table, settings)
+    status = segment_cases(cases, members, masks, table, settings)
     _write_html(table, settings)
     return status
 
@@ -84,10 +83,22 @@ def _write_html(table: Path, settings: Settings, *, say: bool = True) -> None:
         print(page)
 
 
+Members = Sequence[tuple[Bundle, Config]]  # bundles and their resolved inference.yaml; several are an ensemble
+
+
+def _members(settings: Settings) -> Members:
+    """The bundle, or the bundles, that were named.
+
+    Raises:
+        ConfigError: one does not exist, or a key is unknown to one of them.
+    """
+    found = [(each, each.bundle()) for each in settings.each_bundle()]
+    return [(bundle, each.config(bundle, "inference")["inference"]) for each, bundle in found]
+
+
 def segment_cases(
     cases: Sequence[CaseRecord],
-    bundle: Bundle,
-    config: Config,
+    members: Members,
     masks: Path,
     table: Path,
     settings: Settings,
@@ -101,23 +112,27 @@ def segment_cases(
     `Pipeline` says what the further folders hold; `report` is one that the caller goes on with.
     """
     from ich_pipeline.batch import run_batch
+    from ich_pipeline.ensemble import Ensemble, joined_sha256
     from ich_pipeline.inference import Segmenter
     from ich_pipeline.pipeline import Pipeline
 
-    resolved = {"run": settings.run, "inference": config}
+    resolved = _resolved(members, settings)
     _check_targets(cases, masks)
-    done = [] if settings.run["overwrite"] else _done_before(table, cases, resolved, bundle)
+    sha256 = joined_sha256([bundle for bundle, _ in members])
+    done = [] if settings.run["overwrite"] else _done_before(table, cases, resolved, sha256)
     report = report or RunReport(resolved)
     with report.stage("start"):
-        segmenter = Segmenter(bundle, config)
+        segmenters = [Segmenter(*member) for member in members]
+        segmenter = segmenters[0] if len(segmenters) == 1 else Ensemble(segmenters)
+    uncertainty = table.parent / "uncertainty" if len(segmenters) > 1 else None
     if settings.run["overwrite"]:
-        _clear(cases, [folder for folder in (masks, regions, probabilities) if folder], table)
-    report.bundle = {"name": bundle.name, "version": bundle.metadata["version"], "sha256": segmenter.weights_sha256}
+        _clear(cases, [folder for folder in (masks, regions, probabilities, uncertainty) if folder], table)
+    report.bundle = {"name": segmenter.name, "version": segmenter.version, "sha256": segmenter.weights_sha256}
     pictures = table.parent / "pictures" if settings.run["pictures"] else None
-    for folder in filter(None, (table.parent, masks, pictures, regions, probabilities)):
+    for folder in filter(None, (table.parent, masks, pictures, regions, probabilities, uncertainty)):
         remove_leftovers(folder)
     kept = {name: settings.run[name] for name in ("dicom", "keep_identifiers")}
-    pipeline = Pipeline(segmenter, masks, pictures, report, regions, probabilities, **kept)
+    pipeline = Pipeline(segmenter, masks, pictures, report, regions, probabilities, uncertainty=uncertainty, **kept)
     report.write(table.parent / "run.json")
     try:
         with tqdm(total=len(cases), initial=len(done), desc="scans", unit="scan", file=sys.stderr) as bar:
@@ -128,6 +143,12 @@ def segment_cases(
     status = int(any(row.status == "failed" for row in rows))
     report.write(table.parent / "run.json", exit_status=status)
     return status
+
+
+def _resolved(members: Members, settings: Settings) -> Config:
+    """What run.json records; an ensemble's configs stand one below the other."""
+    configs = [config for _, config in members]
+    return {"run": settings.run, "inference": configs[0] if len(configs) == 1 else configs}
 
 
 def measure_masks(masks: Sequence[Path], table: Path, settings: Settings) -> int:
@@ -208,12 +229,11 @@ def compare(scans: Sequence[Path], out: Path, settings: Settings, *, masks: bool
         report = RunReport({"run": settings.run})
         write_tables(table, measure_cases(cases, report, settings))
     else:
-        bundle = settings.bundle()
-        config = settings.config(bundle, "inference")["inference"]
+        members = _members(settings)
         _check_outside(scans, out.parent / "masks")
         pairs = find_pairs(scans, masks=False)
-        report = RunReport({"run": settings.run, "inference": config})
-        segment_cases(cases_of(pairs), bundle, config, out.parent / "masks", table, settings, report=report)
+        report = RunReport(_resolved(members, settings))
+        segment_cases(cases_of(pairs), members, out.parent / "masks", table, settings, report=report)
     for manifest in (path for path in scans if path.suffix.lower() == ".csv"):
         report.add_input(manifest)
     rows = {row.case_id: row for row in read_rows(table)}
@@ -262,7 +282,9 @@ def _shown(bar: Any, row: CaseRow) -> None:
         bar.write(f"{row.case_id}: {row.error}", file=sys.stderr)
 
 
-def _done_before(table: Path, cases: Sequence[CaseRecord], config: Mapping[str, Any], bundle: Bundle) -> list[CaseRow]:
+def _done_before(
+    table: Path, cases: Sequence[CaseRecord], config: Mapping[str, Any], sha256: str | None
+) -> list[CaseRow]:
     """Rows of an earlier run of the same command that need not be done again.
 
     A case is done again when it failed, when a file of its mask is gone, and when its scan is newer than its mask.
@@ -274,7 +296,7 @@ def _done_before(table: Path, cases: Sequence[CaseRecord], config: Mapping[str, 
     if not table.is_file():
         return []
     before = json.loads(run_file.read_text()) if run_file.is_file() else {}
-    now = (_decisive(plain(config)), bundle.metadata["weights_sha256"])
+    now = (_decisive(plain(config)), sha256)
     then = (_decisive(before.get("config") or {}), (before.get("bundle") or {}).get("sha256"))
     if now != then:
         raise ConfigError(
@@ -526,8 +548,7 @@ def _evaluate_bundle(settings: Settings, bundle: Bundle, name: str, out: Path) -
     table, regions, probabilities = out / "volumes.csv", out / "regions", out / "probabilities"
     status = segment_cases(
         cases,
-        bundle,
-        configs["inference"],
+        [(bundle, configs["inference"])],
         out / "masks",
         table,
         settings,

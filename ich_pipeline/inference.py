@@ -38,10 +38,11 @@ def no_stage(name: str) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A scan, and its MONAI dictionary on the model grid."""
+    """A scan, and its MONAI dictionary on the model grid; `others` are those of an ensemble's further members."""
 
     scan: Scan
     data: dict[Hashable, Any]
+    others: tuple["Loaded", ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,8 @@ class Prediction:
         flags: of the weights, and where the scan does not fit the bundle (quality.py).
         regions: where a cascade's first stage found something, on the scan's grid; None where none was asked for, or
             the bundle has no such stage.
+        spread: (I, J, K) float32, standard deviation of the probability over an ensemble's members; None for one.
+        member_ml: volumes of the members' own masks.
     """
 
     scan: Scan
@@ -62,6 +65,8 @@ class Prediction:
     probability: NDArray[np.float32]
     flags: tuple[str, ...] = ()
     regions: NativeMask | None = None
+    spread: NDArray[np.float32] | None = None
+    member_ml: tuple[float, ...] = ()
 
 
 class Segmenter:
@@ -74,6 +79,7 @@ class Segmenter:
         config: `inference.yaml` with overrides applied (`bundles.resolve`).
 
     Attributes:
+        name, version: of the bundle, as rows and reports have them.
         weights_sha256: None of a bundle that needs no weights.
         threshold: of the probability, above which a voxel belongs to the mask.
         trained_slice_mm: least and largest slice spacing of the training scans; None where the metadata do not say.
@@ -89,7 +95,7 @@ class Segmenter:
                 f"{bundle.name} has no weights. Train it (ich-pipeline train bundle={bundle.name} data=MANIFEST) or "
                 "name the folder of a trained bundle."
             )
-        self.bundle = bundle
+        self.bundle, self.name, self.version = bundle, bundle.name, str(bundle.metadata["version"])
         self.weights_sha256 = check_hash(bundle.weights) if bundle.weights else None
         self.trained_slice_mm = bundle.metadata.get("trained_slice_mm")
         self.flags = ("phantom_weights",) if bundle.metadata.get("trained_on_phantoms") else ()

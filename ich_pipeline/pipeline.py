@@ -17,7 +17,7 @@ from ich_pipeline.records import CaseRecord, NativeMask, Scan
 from ich_pipeline.report import CaseRow
 from ich_pipeline.restoring import write_mask
 from ich_pipeline.run_report import RunReport
-from ich_pipeline.volumetry import VolumeReport, measure, with_probability_band
+from ich_pipeline.volumetry import VolumeReport, measure, with_ensemble_band, with_probability_band
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ class Pipeline:
         dicom: also write mask and volumes of a DICOM scan as DICOM, beside the mask: `auto` flags a case whose headers
             do not allow it (`no_dicom_results`), True makes it fail, False writes none.
         keep_identifiers: also put into the row whom a DICOM scan is of.
+        uncertainty: folder of where an ensemble's members disagree, `<case_id>.nii.gz`: standard deviation times 255.
     """
 
     segmenter: Segmenter
@@ -45,6 +46,7 @@ class Pipeline:
     probabilities: Path | None = None
     dicom: bool | str = "auto"
     keep_identifiers: bool = False
+    uncertainty: Path | None = None
 
     def run(self, case: CaseRecord) -> CaseRow:
         """One case from its file to its row; `batch.py` overlaps the three steps of different cases."""
@@ -67,9 +69,11 @@ class Pipeline:
         stage = partial(self.report.stage, case_id=scan.case_id)
         mask_file = self.masks / f"{scan.case_id}.nii.gz"
         with stage("measure"):
-            volumes = with_probability_band(
-                measure(scan.case_id, mask), prediction.probability, self.segmenter.threshold, scan.grid
-            )
+            volumes = measure(scan.case_id, mask)
+            if prediction.member_ml:
+                volumes = with_ensemble_band(volumes, prediction.member_ml)
+            else:
+                volumes = with_probability_band(volumes, prediction.probability, self.segmenter.threshold, scan.grid)
         flags = scan.flags + prediction.flags
         if self.dicom and scan.series:
             with stage("dicom"):
@@ -78,6 +82,9 @@ class Pipeline:
             write_mask(mask_file, mask.values, scan.grid, scan.forms)
             if self.regions and prediction.regions:
                 write_mask(self.regions / mask_file.name, prediction.regions.values, scan.grid, scan.forms)
+            if self.uncertainty and prediction.spread is not None:
+                eight_bits = np.rint(prediction.spread * 255).astype(np.uint8)
+                write_mask(self.uncertainty / mask_file.name, eight_bits, scan.grid, scan.forms)
             if self.probabilities:
                 eight_bits = np.rint(prediction.probability * 255).astype(np.uint8)
                 write_mask(self.probabilities / mask_file.name, eight_bits, scan.grid, scan.forms)
@@ -95,7 +102,7 @@ class Pipeline:
             image=scan.source,
             mask=mask_file,
             report=volumes,
-            bundle=self.segmenter.bundle.name,
+            bundle=self.segmenter.name,
             weights_sha256=self.segmenter.weights_sha256 or "",
             extra=self._series_columns(scan),
         )
@@ -108,8 +115,7 @@ class Pipeline:
 
     def _write_dicom(self, scan: Scan, mask: NativeMask, volumes: VolumeReport) -> tuple[str, ...]:
         """SEG and SR of a case, and the flag of one that cannot have them."""
-        bundle = self.segmenter.bundle
-        algorithm = Algorithm(bundle.name, str(bundle.metadata["version"]), self.segmenter.weights_sha256 or "")
+        algorithm = Algorithm(self.segmenter.name, self.segmenter.version, self.segmenter.weights_sha256 or "")
         try:
             write_results(self.masks, scan, mask, volumes, algorithm)
         except ReadError as error:

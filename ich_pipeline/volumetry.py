@@ -1,5 +1,6 @@
 """What a mask measures: millilitres, the bedside rules beside them, and each lesion on its own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import pi
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ SubtypeMl = dict[Subtype, float]
 THRESHOLD_ML = 30.0
 # Blood that a ruler cannot measure: it follows sulci, the skull or the ventricles and is nowhere near an ellipsoid.
 NO_ELLIPSOID = (Subtype.IVH, Subtype.SAH, Subtype.SDH)
-HALF_VOXEL, PROBABILITY = "half_voxel", "probability"
+HALF_VOXEL, PROBABILITY, ENSEMBLE = "half_voxel", "probability", "ensemble"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class VolumeReport:
 
     Attributes:
         volume_low_ml, volume_high_ml: what the same outline may hold, by `band`: `half_voxel` moves the boundary of the
-            mask by half a voxel, `probability` moves the network's threshold half way to 1 and to 0.
+            mask by half a voxel, `probability` moves the network's threshold half way to 1 and to 0, `ensemble` is what
+            the members of an ensemble say.
         from_30_ml: volume less 30 mL; `band_holds_30`: 30 mL lies in the band, so the side it is on is not certain.
         edema_ratio: edema to bleed, where there is a bleed; the parenchymal bleed where subtypes are known.
         edema_extension_mm: how far edema reaches beyond the bleed if both were spheres (Parry-Jones et al., Stroke
@@ -143,6 +145,12 @@ def with_probability_band(
     low_ml, high_ml = (grid.foreground_ml(probability > cut) for cut in ((threshold + 1) / 2, threshold / 2))
     ends_ml = min(low_ml, report.volume_ml), max(high_ml, report.volume_ml)
     return replace(report, **_band_fields(*ends_ml, PROBABILITY))
+
+
+def with_ensemble_band(report: VolumeReport, member_ml: Sequence[float]) -> VolumeReport:
+    """The report of an ensemble's mask with a band from the least to the most that a member says, its own included."""
+    ends_ml = min(*member_ml, report.volume_ml), max(*member_ml, report.volume_ml)
+    return replace(report, **_band_fields(*ends_ml, ENSEMBLE))
 
 
 def _report(
