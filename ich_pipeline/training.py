@@ -479,7 +479,7 @@ def _resumed_configs(source: Bundle, settings: Settings, run: Bundle) -> dict[st
     for kind, choice in (("presets", settings.run["preset"]), ("variants", overrides.pop("variant", None))):
         if choice in (None, "auto"):
             continue
-        asked |= read_yaml(source.overlays(kind)[choice])
+        asked |= read_yaml(source.overlay(kind, str(choice)))
     asked |= overrides
     if asked.get("data"):
         asked["data"] = str(Path(asked["data"]).resolve())
