@@ -1,8 +1,9 @@
 """2D dense encoder with a plain decoder: the coarse network of Qayyum et al., Imaging and Radiation Research 2023.
 
 Section 2.2 gives five dense blocks of six layers (BN-ReLU-1x1, BN-ReLU-3x3), each followed by a transition (BN, 1x1,
-2x2 average pool), and a non-dense decoder. It does not give the growth rate, the first layer or how the decoder takes
-up the encoder: those follow DenseNet (Huang et al., arXiv 1608.06993) and the U-Net.
+2x2 average pool), and a non-dense decoder. It does not give the growth rate, the first layer or the decoder: growth 16
+and a first 3x3 convolution are those of FC-DenseNet103 (Jegou et al., arXiv 1611.09326), the 1x1 convolution's width is
+that of DenseNet (Huang et al., arXiv 1608.06993), the decoder is MONAI's of a plain U-Net.
 """
 
 import math
@@ -43,7 +44,7 @@ class DenseUNet(nn.Module):
         growth: channels that each dense layer adds.
     """
 
-    def __init__(self, layers: Sequence[int] = (6, 6, 6, 6, 6), growth: int = 32) -> None:
+    def __init__(self, layers: Sequence[int] = (6, 6, 6, 6, 6), growth: int = 16) -> None:
         super().__init__()
         channels = 2 * growth
         self.first = nn.Conv2d(1, channels, 3, padding=1, bias=False)
