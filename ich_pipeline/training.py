@@ -518,7 +518,7 @@ def open_workflow(bundle: Path, overlays: Sequence[str] = (), **settings: Any) -
 
     Args:
         bundle: its folder.
-        overlays: names of further configs that are laid over it, before `multi_gpu_train` where several processes train.
+        overlays: names of further configs laid over it; `multi_gpu_train` follows where several processes train.
         settings: keys with their values.
     """
     configs = bundle / "configs"

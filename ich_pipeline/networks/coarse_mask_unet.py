@@ -1,4 +1,4 @@
-"""Two stages: dense 2D networks give a coarse mask, which an nnU-Net takes as a second channel (Qayyum et al., 2023)."""
+"""Two stages: dense 2D networks give a coarse mask, an nnU-Net's second channel (Qayyum et al., 2023)."""
 
 from collections.abc import Callable, Sequence
 
