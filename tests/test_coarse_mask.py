@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from training_cases import write_cases
 
-from ich_pipeline import bundles, coarse_training, commands, training
+from ich_pipeline import coarse_training, commands, training
 from ich_pipeline.bundles import Bundle
 from ich_pipeline.coarse_mask import CoarseGridd, CoarseInferer, CoarseMaskInferer
 from ich_pipeline.coarse_training import load_fold, records_with_folds
@@ -29,8 +29,6 @@ from ich_pipeline.manifest import read_manifest, write_manifest
 from ich_pipeline.networks.coarse_mask_unet import CoarseEnsemble, CoarseMaskUNet, coarse_probability, to_coarse_grid
 from ich_pipeline.networks.dense_unet import DenseUNet
 from ich_pipeline.networks.planned_unet import PlannedLoss, PlannedUNet
-from ich_pipeline.phantom import write_dataset
-from ich_pipeline.phantom.settings import PhantomSettings
 from ich_pipeline.reading import read_mask
 
 FINE = {
@@ -97,7 +95,9 @@ def test_planned_loss_halves_from_level_to_level_and_adds_up_to_one() -> None:
 
 
 def test_supervised_levels_are_the_upper_ones_at_their_own_size() -> None:
-    network = PlannedUNet(**{**FINE, "filters": [4] * 4, "kernels": [[3, 3, 3]] * 4, "strides": [[1] * 3] + [[2] * 3] * 3})
+    network = PlannedUNet(
+        **{**FINE, "filters": [4] * 4, "kernels": [[3, 3, 3]] * 4, "strides": [[1] * 3] + [[2] * 3] * 3}
+    )
     levels = network.train()(torch.randn(1, 1, 16, 16, 16))
     assert [tuple(level.shape[2:]) for level in levels] == [(16, 16, 16), (8, 8, 8)]
     assert network.eval()(torch.randn(1, 1, 16, 16, 16)).shape == (1, 2, 16, 16, 16)
@@ -272,7 +272,9 @@ def recorded(cases: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 def fold_rows(out: Path) -> list[dict[str, str]]:
-    return [row for file in sorted(out.glob("coarse/fold_*/cases.csv")) for row in csv.DictReader(file.open(newline=""))]
+    return [
+        row for file in sorted(out.glob("coarse/fold_*/cases.csv")) for row in csv.DictReader(file.open(newline=""))
+    ]
 
 
 def test_no_coarse_mask_is_by_a_network_that_was_trained_on_its_case(
@@ -288,7 +290,7 @@ def test_no_coarse_mask_is_by_a_network_that_was_trained_on_its_case(
     held, others_differ = [], []
     for case_id, row in rows.items():
         fold, image = int(row["fold"]), str(records[case_id].image)
-        # What the network of this fold was trained on, as its training loop was given it: not this case, and all others.
+        # What this fold's network was trained on, as its loop was given it: not this case, and all others.
         trained_on = {item["image"] for item in coarse[fold]}
         assert trained_on == {str(r.image) for r in records.values() if rows[r.case_id]["fold"] != row["fold"]}
         assert image not in trained_on
