@@ -70,6 +70,19 @@ class Bundle:
         """Files of `configs/presets` or `configs/variants`, by name."""
         return {p.stem: p for p in sorted((self.path / "configs" / kind).glob("*.yaml"))}
 
+    def overlay(self, kind: str, choice: str) -> Path:
+        """One of them by name, or any YAML file by its path, such as a plan.
+
+        Raises:
+            ConfigError: neither, with the nearest names.
+        """
+        path, files = Path(choice), self.overlays(kind)
+        if path.suffix == ".yaml" and path.is_file():
+            return path
+        if choice not in files:
+            raise ConfigError(f"{self.name} has no {kind[:-1]} '{choice}'; {did_you_mean(choice, files)}")
+        return files[choice]
+
     def describe(self) -> Config:
         """What a listing shows."""
         meta = self.metadata
@@ -185,7 +198,7 @@ def resolve(
         bundle: where the configs are.
         names: which to read, e.g. `("inference", "train")`.
         overrides: `variant`, and keys of any of these configs (nested keys with `.`).
-        preset: a preset's name, or None.
+        preset: a preset's name, or None. Preset and variant may also be paths of YAML files.
 
     Returns:
         By config name; a key that several configs have is changed in all of them.
@@ -200,10 +213,7 @@ def resolve(
     for kind, choice in overlays:
         if choice is None:
             continue
-        files = bundle.overlays(kind)
-        if choice not in files:
-            raise ConfigError(f"{bundle.name} has no {kind[:-1]} '{choice}'; {did_you_mean(str(choice), files)}")
-        for key, value in read_yaml(files[choice]).items():
+        for key, value in read_yaml(bundle.overlay(kind, str(choice))).items():
             _set(bundle.name, configs, key, value)
     wanted = {name: configs[name] for name in names}
     for key, value in rest.items():

@@ -154,6 +154,20 @@ def train(words: Words) -> int:
 
 
 @app.command()
+def plan(
+    words: Words,
+    memory_gb: Annotated[float, typer.Option("--memory-gb", help="of the GPU that trains")] = 8.0,
+) -> int:
+    """Plan an nnU-Net for the labelled cases of a manifest: patch, spacing, topology, intensities, as readable YAML.
+
+    Example: ich-pipeline plan data=cases.csv out=plan.yaml
+    """
+    from ich_pipeline import commands
+
+    return commands.plan(commands.Settings.of(words), memory_gb)
+
+
+@app.command()
 def evaluate(words: Words) -> int:
     """Segment the labelled cases of a manifest and score the masks against the labels.
 

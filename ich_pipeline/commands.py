@@ -490,6 +490,34 @@ def _train_prepared(bundle: Bundle, settings: Settings, out: Path, *, resume: bo
     return status
 
 
+def plan(settings: Settings, memory_gb: float) -> int:
+    """Plan nnU-Net's network for the cases of a manifest: a YAML file for `variant=` of `nnunet3d` and its relatives.
+
+    Returns:
+        0.
+
+    Raises:
+        ConfigError: wrong settings, or `out` is there and overwrite was not asked for.
+        ManifestError: the manifest cannot be used.
+    """
+    given = dict(settings.overrides)
+    manifest, out = given.pop("data", None), Path(settings.run["out"] or "plan.yaml")
+    if given or manifest is None:
+        raise ConfigError("plan takes data=MANIFEST, a CSV with case_id, image and label, and out=FILE.yaml")
+    if out.suffix != ".yaml":
+        raise ConfigError(f"out={out}: expected a name that ends in .yaml")
+    if out.exists() and not settings.run["overwrite"]:
+        raise ConfigError(f"{out} exists. Give another out=, or replace it with overwrite=true.")
+
+    from ich_pipeline.planning import make_plan, take_fingerprint, write_plan
+
+    with tqdm(desc="cases", unit="case", file=sys.stderr) as bar:
+        fingerprint = take_fingerprint(str(manifest), on_case=lambda case_id: bar.update())
+    write_plan(out, make_plan(fingerprint, memory_gb), fingerprint, memory_gb)
+    print(out)
+    return 0
+
+
 def evaluate(settings: Settings) -> int:
     """Segment the labelled cases of a manifest's split, compare with their labels, write tables and plots.
 

@@ -35,7 +35,7 @@ from ich_pipeline.run_report import RunReport
 from ich_pipeline.settings import TRAIN_CONFIGS, Settings
 
 # In the folder of a run, beside its bundle.
-STATE_FILE, RUN_ID_FILE = "training_state.pt", "mlflow_run_id"
+STATE_FILE, RUN_ID_FILE, COARSE_FOLDER = "training_state.pt", "mlflow_run_id", "coarse"
 # What a resumed run may change: the saved state does not depend on it.
 MAY_CHANGE = ("epochs", "patience", "validate_every", "workers", "device")
 
@@ -451,7 +451,9 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
         )
     for left in (STATE_FILE, RUN_ID_FILE, "run.json"):
         (out / left).unlink(missing_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
+    # `coarse` is that of a bundle with a coarse stage: its folds would be taken for those of this run.
+    for folder in (target, out / COARSE_FOLDER):
+        shutil.rmtree(folder, ignore_errors=True)
     with atomic_path(target) as temporary:
         shutil.copytree(source.path, temporary, ignore=shutil.ignore_patterns("*.pt", "presets", "variants"))
         # Weights made from phantoms say so in every row that they write: on real heads they are far off.
@@ -485,7 +487,7 @@ def _resumed_configs(source: Bundle, settings: Settings, run: Bundle) -> dict[st
     for kind, choice in (("presets", settings.run["preset"]), ("variants", overrides.pop("variant", None))):
         if choice in (None, "auto"):
             continue
-        asked |= read_yaml(source.overlays(kind)[choice])
+        asked |= read_yaml(source.overlay(kind, str(choice)))
     asked |= overrides
     if asked.get("data"):
         asked["data"] = str(Path(asked["data"]).resolve())
@@ -517,6 +519,28 @@ def _require_unfinished(out: Path, config: Config) -> None:
         )
 
 
+def open_workflow(bundle: Path, overlays: Sequence[str] = (), **settings: Any) -> ConfigWorkflow:
+    """`train.yaml` of a prepared bundle as a workflow of MONAI.
+
+    Args:
+        bundle: its folder.
+        overlays: names of further configs laid over it; `multi_gpu_train` follows where several processes train.
+        settings: keys with their values.
+    """
+    configs = bundle / "configs"
+    names = ["train", *overlays, *(["multi_gpu_train"] if n_processes() > 1 else [])]
+    # MONAI would say on stdout, which is for results, that it reads the file.
+    logging.getLogger("monai.bundle.workflows").setLevel(logging.WARNING)
+    return ConfigWorkflow(
+        config_file=[str(configs / f"{name}.yaml") for name in names],
+        meta_file=str(configs / "metadata.json"),
+        logging_file=str(configs / "logging.conf"),
+        workflow_type="train",
+        bundle_root=str(bundle),
+        **settings,
+    )
+
+
 def train_bundle(bundle: Bundle, report: RunReport, *, resume: bool) -> ResumableRun:
     """Run `train.yaml` of a prepared bundle, as `python -m monai.bundle run` does.
 
@@ -525,20 +549,7 @@ def train_bundle(bundle: Bundle, report: RunReport, *, resume: bool) -> Resumabl
     Returns:
         The handler that kept the weights: best metric and epoch.
     """
-    configs = bundle.path / "configs"
-    files = [configs / "train.yaml"]
-    if n_processes() > 1:
-        files.append(configs / "multi_gpu_train.yaml")
-    # MONAI would say on stdout, which is for results, that it reads the file.
-    logging.getLogger("monai.bundle.workflows").setLevel(logging.WARNING)
-    workflow = ConfigWorkflow(
-        config_file=[str(f) for f in files],
-        meta_file=str(configs / "metadata.json"),
-        logging_file=str(configs / "logging.conf"),
-        workflow_type="train",
-        bundle_root=str(bundle.path),
-        resume=resume,
-    )
+    workflow = open_workflow(bundle.path, resume=resume)
     with report.stage("start"):
         workflow.initialize()
         # Building the trainer loads and caches the cases.

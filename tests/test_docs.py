@@ -65,6 +65,8 @@ def parse(line: str) -> None:
     bundle = str(own.get("bundle", "cascade3d"))
     # A trained bundle's folder, or a registered model, has the keys of the bundle it is named after.
     named = next((each for each in bundles.all_bundles() if each in bundle), bundle)
+    if str(given.get("variant")).endswith(".yaml"):
+        del given["variant"]  # a plan, which the reader has made
     found = bundles.find_bundle(named)
     # One that needs no weights has no configs of training.
     bundles.resolve(found, [each for each in CONFIGS if each in found.config_names], given, own.get("preset"))

@@ -1,22 +1,19 @@
 """Two residual 3D U-Nets, coarse to fine, with weights of their own (Xu et al., arXiv 2401.04570, section 4)."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from monai.losses import DeepSupervisionLoss
-from monai.networks.nets import DynUNet
 from torch import nn
 from torch.nn import functional as F
 
+from ich_pipeline.networks.planned_unet import PlannedUNet
+
 Window = tuple[slice, slice, slice]  # voxels of the model grid, in (slices, rows, columns)
-# What an untrained network holds for the probability of hemorrhage (Lin et al., arXiv 1708.02002, section 4.1): from
-# one half, the first hundreds of steps only teach it that hemorrhage is rare.
-PRIOR = 0.01
 
 
-class ResidualUNet(DynUNet):
+class ResidualUNet(PlannedUNet):
     """One stage: MONAI's DynUNet with residual blocks, as deep as `filters` is long.
 
     Section 4.1 fixes six in-plane and two through-plane halvings (16 x 320 x 320 to 4 x 5 x 5) and says nothing of
@@ -46,34 +43,16 @@ class ResidualUNet(DynUNet):
         if spatial_dims == 2:
             strides, kernels = [s[1:] for s in strides], [k[1:] for k in kernels]
         super().__init__(
-            spatial_dims=spatial_dims,
+            filters,
+            kernels,
+            strides,
+            supervised=levels - 2,
             in_channels=in_channels,
             out_channels=out_channels,
-            kernel_size=kernels,
-            strides=strides,
-            upsample_kernel_size=strides[1:],
-            filters=list(filters),
             norm_name=norm_name,
             act_name="relu",
             res_block=True,
-            deep_supervision=True,
-            deep_supr_num=levels - 2,
         )
-        for head in (self.output_block, *self.deep_supervision_heads):
-            bias = torch.zeros(out_channels)
-            bias[0] = math.log((1 - PRIOR) * (out_channels - 1) / PRIOR)
-            head.conv.conv.bias.data.copy_(bias)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Logits of a (B, C, S, R, C) image; rows and columns multiples of 2 ** (levels - 1), slices of 4.
-
-        Returns:
-            In evaluation mode (B, out, S, R, C). In training mode the same first, then each lower decoder level at
-            its own resolution, all in float32, as a loss that sums over a patch needs under mixed precision. DynUNet
-            itself would enlarge them all, which costs a third of a training step.
-        """
-        logits = self.output_block(self.skip_layers(image))
-        return [level.float() for level in (logits, *self.heads)] if self.training else logits
 
 
 class CascadeOutput(NamedTuple):
