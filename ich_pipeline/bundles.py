@@ -52,6 +52,11 @@ class Bundle:
         path = self.path / "models" / "model.pt"
         return path if path.is_file() else None
 
+    @property
+    def needs_weights(self) -> bool:
+        """False for a bundle that has none by design: its metadata say `"needs_weights": false`."""
+        return bool(self.metadata.get("needs_weights", True))
+
     def config(self, name: str) -> Config:
         """`configs/<name>.yaml` as written, or the metadata."""
         return self.metadata if name == "metadata" else read_yaml(self.path / "configs" / f"{name}.yaml")
@@ -72,6 +77,7 @@ class Bundle:
             "name": self.name,
             "version": meta["version"],
             "weights": meta.get("weights_sha256") if self.weights else None,
+            "needs_weights": self.needs_weights,
             "description": meta["description"],
             "path": str(self.path),
             "presets": list(self.overlays("presets")),

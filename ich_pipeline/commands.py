@@ -34,12 +34,13 @@ def list_bundles(as_json: bool) -> str:
     found = [bundle.describe() for bundle in bundles.all_bundles().values()]
     if as_json:
         return json.dumps(found, indent=2)
-    lines = [
-        f"{b['name']:<22} {b['version']:<8} {'weights ' + b['weights'][:8] if b['weights'] else 'no weights':<17} "
-        f"{b['description']}"
-        for b in found
-    ]
-    return "\n".join(lines)
+    return "\n".join(f"{b['name']:<22} {b['version']:<8} {_weights_in_words(b):<17} {b['description']}" for b in found)
+
+
+def _weights_in_words(described: Config) -> str:
+    if not described["needs_weights"]:
+        return "needs none"
+    return f"weights {described['weights'][:8]}" if described["weights"] else "no weights"
 
 
 def segment(scans: Sequence[Path], masks: Path, table: Path, settings: Settings) -> int:
@@ -384,9 +385,15 @@ def train(settings: Settings) -> int:
         0; a training that fails raises.
 
     Raises:
-        ConfigError: wrong settings, or `out` holds a run and neither resume nor overwrite was asked for.
+        ConfigError: wrong settings, a bundle with nothing to train, or `out` holds a run and neither resume nor
+            overwrite was asked for.
     """
     source, resume = settings.bundle(), bool(settings.overrides.get("resume"))
+    if not source.needs_weights:
+        raise ConfigError(
+            f"{source.name} has nothing to train: it needs no weights. Use it as it is (ich-pipeline segment ... "
+            f"bundle={source.name})."
+        )
     settings.config(source, *TRAIN_CONFIGS)
 
     from ich_pipeline.training import prepare_run, process_group, rank, wait_for_all

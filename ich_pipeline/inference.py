@@ -67,10 +67,11 @@ class Segmenter:
     The config's own `SaveImaged` is left out, as MONAI Label does: the caller decides where masks go.
 
     Args:
-        bundle: with weights.
+        bundle: with weights, or one that needs none.
         config: `inference.yaml` with overrides applied (`bundles.resolve`).
 
     Attributes:
+        weights_sha256: None of a bundle that needs no weights.
         threshold: of the probability, above which a voxel belongs to the mask.
         flags: what a reader of a result should know of the weights: `phantom_weights` were trained on phantoms.
 
@@ -79,17 +80,17 @@ class Segmenter:
     """
 
     def __init__(self, bundle: Bundle, config: Mapping[str, Any]) -> None:
-        if bundle.weights is None:
+        if bundle.weights is None and bundle.needs_weights:
             raise ConfigError(
                 f"{bundle.name} has no weights. Train it (ich-pipeline train bundle={bundle.name} data=MANIFEST) or "
                 "name the folder of a trained bundle."
             )
         self.bundle = bundle
-        self.weights_sha256 = check_hash(bundle.weights)
+        self.weights_sha256 = check_hash(bundle.weights) if bundle.weights else None
         self.flags = ("phantom_weights",) if bundle.metadata.get("trained_on_phantoms") else ()
         parser = ConfigParser({**config, "bundle_root": str(bundle.path)})
         with own_errors():
-            if Path(parser.get_parsed_content("weights")).resolve() != bundle.weights.resolve():
+            if bundle.weights and Path(parser.get_parsed_content("weights")).resolve() != bundle.weights.resolve():
                 raise ConfigError(
                     f"weights={config['weights']}: results name the weights of their bundle. Give the folder of the "
                     "bundle that holds them: bundle=FOLDER."

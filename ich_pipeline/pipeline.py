@@ -77,5 +77,5 @@ class Pipeline:
             mask=mask_file,
             report=volumes,
             bundle=self.segmenter.bundle.name,
-            weights_sha256=self.segmenter.weights_sha256,
+            weights_sha256=self.segmenter.weights_sha256 or "",
         )

@@ -218,19 +218,18 @@ def head_box(image_hu: NDArray[Any], grid: Grid) -> Box:
     return tuple(box) if is_head else whole
 
 
-def interpolation_matrix(n_in: int, n_out: int, start: float, step: float) -> NDArray[np.float32]:
+def interpolation_matrix(n_in: int, at: NDArray[np.float64], step: float) -> NDArray[np.float32]:
     """Weights of linear interpolation along one axis, with the triangle widened when it steps over samples.
 
     Args:
         n_in: samples given.
-        n_out: samples wanted; output o lies at input coordinate start + o * step (0 is the first sample's centre).
-        start: input coordinate of the first output.
+        at: (n_out,) input coordinates of the samples wanted (0 is the first given sample's centre).
         step: input samples from output to output.
 
     Returns:
         (n_out, n_in) weights; each row adds up to 1 (positions outside take the nearest sample).
     """
-    at = np.clip(start + step * np.arange(n_out), 0, n_in - 1)[:, None]
+    at = np.clip(at, 0, n_in - 1)[:, None]
     weights = np.clip(1 - np.abs(at - np.arange(n_in)[None, :]) / max(1.0, step), 0, None)
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
@@ -353,10 +352,13 @@ class ModelGrid(InvertibleTransform):
                 last = min(n_crop, int(np.ceil(start + held[axis][1] * step)) + 1)
                 if held[axis] == (0, values.shape[axis + 1]):
                     first, last = 0, n_crop
-                weights = interpolation_matrix(
-                    values.shape[axis + 1], last - first, (first - start) / step, 1.0 / step
-                )[:, held[axis][0] : held[axis][1]]
-                matrices.append(weights)
+                n = values.shape[axis + 1]
+                centres = start + step * np.arange(n)
+                # A last, shorter group of slices has its centre before the place that the model grid gives it: up to
+                # half a group, which a bleed that goes on to the scan's end would show in its volume.
+                centres[-1] = ((n - 1) * step + n_crop - 1) / 2
+                at = np.interp(np.arange(first, last), centres, np.arange(n))
+                matrices.append(interpolation_matrix(n, at, 1.0 / step)[:, held[axis][0] : held[axis][1]])
                 a, b = (n_crop - last, n_crop - first) if flips[axis] else (first, last)
                 target.append((native_axis, a + box[native_axis][0], b + box[native_axis][0]))
             part = apply_along_axes(values[(slice(None), *[slice(a, b) for a, b in held])], matrices)
@@ -420,6 +422,8 @@ class ModelGridd(MapTransform, InvertibleTransform):
         spacing_mm: see `ModelGrid`.
         axcodes: see `ModelGrid`.
         crop_head: keep only the box around the skull.
+        hu_range: (lowest, highest); the scan becomes 1 from lowest to highest HU and 0 elsewhere, on the native grid.
+            Here and not in a transform before, because the skull is looked for in HU.
         allow_missing_keys: as everywhere in MONAI.
     """
 
@@ -429,10 +433,12 @@ class ModelGridd(MapTransform, InvertibleTransform):
         spacing_mm: Sequence[float],
         axcodes: str = "SPL",
         crop_head: bool = True,
+        hu_range: Sequence[float] | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.crop_head = crop_head
+        self.hu_range = hu_range
         self.grid = ModelGrid(spacing_mm, axcodes)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -445,6 +451,8 @@ class ModelGridd(MapTransform, InvertibleTransform):
         scan = d[self.keys[0]]
         grid = _grid_of(scan.shape[1:], scan.affine, scan.meta)
         box = head_box(scan.numpy()[0], grid) if self.crop_head else None
+        if self.hu_range is not None:
+            d[self.keys[0]] = (scan >= self.hu_range[0]) & (scan <= self.hu_range[1])
         for key in self.key_iterator(d):
             found = _grid_of(d[key].shape[1:], d[key].affine, d[key].meta)
             require_same_grid(str(scan.meta.get("filename_or_obj", "scan")), str(key), found, grid)

@@ -32,8 +32,17 @@ from ich_pipeline.run_report import RunReport
 from ich_pipeline.training import prepare_run, train_bundle
 
 BUNDLES = bundles.all_bundles()
-WITH_VARIANTS = [(name, variant) for name, b in BUNDLES.items() for variant in (None, *b.overlays("variants"))]
+TRAINABLE = {name: bundle for name, bundle in BUNDLES.items() if bundle.needs_weights}
+WITH_VARIANTS = [(name, variant) for name, b in TRAINABLE.items() for variant in (None, *b.overlays("variants"))]
+
+
+def name_of(param: tuple[str, str | None]) -> str:
+    return "-".join(filter(None, param))
+
+
 each_bundle = pytest.mark.parametrize("bundle", BUNDLES.values(), ids=BUNDLES)
+each_trainable_bundle = pytest.mark.parametrize("bundle", TRAINABLE.values(), ids=TRAINABLE)
+each_trained_bundle = pytest.mark.parametrize("ready", WITH_VARIANTS, ids=name_of, indirect=True)
 
 # What MONAI's bundle specification asks of metadata, and what we ask besides.
 TEXT = {"type": "string", "minLength": 1}
@@ -65,6 +74,7 @@ METADATA = {
         **dict.fromkeys(("monai_version", "pytorch_version", "numpy_version"), VERSION),
         **dict.fromkeys(("schema", "task", "description", "authors", "copyright", "name", "intended_use"), TEXT),
         "weights_sha256": {"type": ["string", "null"], "pattern": "^[0-9a-f]{64}$"},
+        "needs_weights": {"const": False},  # left out by all others
         "network_data_format": {
             "type": "object",
             "required": ["inputs", "outputs"],
@@ -78,8 +88,9 @@ METADATA = {
 # Keys that MONAI Label or our own commands open.
 INFERENCE_KEYS = {
     *("bundle_root", "device", "network_def", "preprocessing", "inferer", "postprocessing"),
-    *("weights", "network", "engine", "amp", "scans", "output_dir", "threshold", "evaluator", "run"),
+    *("network", "scans", "output_dir", "threshold", "evaluator", "run"),
 }
+WEIGHT_KEYS = {"weights", "engine", "amp"}
 
 
 # ---------------------------------------------------------------- phantoms and tiny trained bundles
@@ -132,10 +143,16 @@ def prepared(source: Bundle, variant: str | None, out: Path, heads: Path) -> Bun
     return Bundle(out / "bundle")
 
 
-@pytest.fixture(scope="module", params=WITH_VARIANTS, ids=lambda p: "-".join(filter(None, p)))
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, heads: Path) -> Bundle:
-    """A tiny bundle with the weights of two training steps."""
+@pytest.fixture(
+    scope="module",
+    params=[*WITH_VARIANTS, *((name, None) for name in BUNDLES if name not in TRAINABLE)],
+    ids=name_of,
+)
+def ready(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, heads: Path) -> Bundle:
+    """A tiny bundle with the weights of two training steps, or one that needs none."""
     name, variant = request.param
+    if name not in TRAINABLE:
+        return BUNDLES[name]
     bundle = prepared(BUNDLES[name], variant, tmp_path_factory.mktemp("run"), heads)
     result = train_bundle(bundle, RunReport({}), resume=False)
     assert result.best_epoch == 1
@@ -144,8 +161,8 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture
-def segmenter(trained: Bundle) -> Segmenter:
-    return Segmenter(trained, trained.config("inference"))
+def segmenter(ready: Bundle) -> Segmenter:
+    return Segmenter(ready, ready.config("inference"))
 
 
 def case(heads: Path, name: str) -> CaseRecord:
@@ -176,11 +193,11 @@ def test_incomplete_metadata_is_seen(bundle: Bundle, missing: str) -> None:
 
 @each_bundle
 def test_folder_is_complete(bundle: Bundle) -> None:
-    for name in ("inference", "train", "evaluate", "multi_gpu_train"):
-        assert (bundle.path / "configs" / f"{name}.yaml").is_file()
+    wanted = {"inference", "evaluate"} | ({"train", "multi_gpu_train"} if bundle.needs_weights else set())
+    assert set(bundle.config_names) == wanted | {"metadata"}
     assert (bundle.path / "configs" / "logging.conf").is_file()
     assert "Apache License" in (bundle.path / "LICENSE").read_text()
-    assert {"cpu", "gpu", "tiny"} <= set(bundle.overlays("presets"))
+    assert set(bundle.overlays("presets")) >= ({"cpu", "gpu", "tiny"} if bundle.needs_weights else set())
 
 
 def top_level_keys(bundle: Bundle) -> set[str]:
@@ -205,9 +222,10 @@ def test_documented_keys_are_those_of_the_first_column() -> None:
     assert documented_keys(card) == {"a", "b_2"}
 
 
-def test_inference_stands_alone_and_saves_last(trained: Bundle) -> None:
-    config = trained.config("inference")
+def test_inference_stands_alone_and_saves_last(ready: Bundle) -> None:
+    config = ready.config("inference")
     assert set(config) >= INFERENCE_KEYS
+    assert set(config) & WEIGHT_KEYS == (WEIGHT_KEYS if ready.needs_weights else set())
     referenced = set(re.findall(r"@([a-z_0-9]+)", json.dumps(config)))
     assert referenced <= set(config)
     assert {step["keys"] for step in config["preprocessing"]["transforms"]} == {"image"}
@@ -244,7 +262,7 @@ def drift(train: Config, inference: Config) -> list[str]:
     return sorted(names)
 
 
-@each_bundle
+@each_trainable_bundle
 def test_training_and_inference_share_network_and_preprocessing(bundle: Bundle) -> None:
     for variant in (None, *bundle.overlays("variants")):
         for preset in (None, *bundle.overlays("presets")):
@@ -264,14 +282,14 @@ def test_training_and_inference_share_network_and_preprocessing(bundle: Bundle) 
         ("validate", {"inferer": {"inferer": {"_target_": "SimpleInferer"}}}, "inferer._target_"),
     ],
 )
-@each_bundle
+@each_trainable_bundle
 def test_drift_is_seen(bundle: Bundle, key: str, value: Any, seen: str) -> None:
     assert drift(bundle.config("train") | {key: value}, bundle.config("inference")) == [seen]
 
 
 @each_bundle
 def test_laid_over_configs_change_keys_that_exist(bundle: Bundle) -> None:
-    base = {"evaluate": "inference", "multi_gpu_train": "train"}
+    base = {"evaluate": "inference"} | ({"multi_gpu_train": "train"} if bundle.needs_weights else {})
     own = {"imports", "data", "split"}
     for over, under in base.items():
         roots = {key.split("#")[0] for key in bundle.config(over)}
@@ -303,11 +321,11 @@ def test_network_keeps_the_size_and_is_finite(segmenter: Segmenter) -> None:
 
 
 @pytest.fixture
-def trainer(trained: Bundle) -> Iterator[Any]:
+def trainer(ready: Bundle) -> Iterator[Any]:
     workflow = ConfigWorkflow(
-        config_file=str(trained.path / "configs" / "train.yaml"),
+        config_file=str(ready.path / "configs" / "train.yaml"),
         workflow_type="train",
-        bundle_root=str(trained.path),
+        bundle_root=str(ready.path),
     )
     workflow.initialize()
     yield workflow.parser.get_parsed_content("train#trainer")
@@ -322,6 +340,7 @@ def loss_of(trainer: Any, batch: Any) -> torch.Tensor:
     return trainer.loss_function(trainer.inferer(image, trainer.network, *args, **kwargs), label)
 
 
+@each_trained_bundle
 def test_every_parameter_learns_and_steps_lower_the_loss(trainer: Any) -> None:
     batch = next(iter(trainer.data_loader))
     trainer.network.train()
@@ -339,6 +358,7 @@ def test_every_parameter_learns_and_steps_lower_the_loss(trainer: Any) -> None:
     assert losses[-1] < losses[0]
 
 
+@each_trained_bundle
 def test_training_reads_a_case_once_and_draws_it_anew(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ich_pipeline.transforms.read_scan", None)  # a second reading would fail
     first, second = trainer.data_loader  # two steps, one case
@@ -378,12 +398,12 @@ def test_scores_come_back_to_the_native_grid(segmenter: Segmenter, heads: Path, 
     assert not segmenter.segment(loaded).mask.values.any()
 
 
-def test_evaluate_scores_on_the_native_grid(trained: Bundle, heads: Path, tmp_path: Path) -> None:
-    configs = trained.path / "configs"
+def test_evaluate_scores_on_the_native_grid(ready: Bundle, heads: Path, tmp_path: Path) -> None:
+    configs = ready.path / "configs"
     workflow = ConfigWorkflow(
         config_file=[str(configs / "inference.yaml"), str(configs / "evaluate.yaml")],
         workflow_type="infer",
-        bundle_root=str(trained.path),
+        bundle_root=str(ready.path),
         output_dir=str(tmp_path),
         data=str(heads / "manifest.csv"),
     )
@@ -404,7 +424,8 @@ def as_monai_label(bundle: Bundle, scan: Path, threshold: float) -> NDArray[np.u
     parser["bundle_root"] = str(bundle.path)
     parser["threshold"] = threshold
     network = parser.get_parsed_content("network_def")
-    network.load_state_dict(torch.load(bundle.path / "models" / "model.pt", weights_only=True), strict=True)
+    if bundle.needs_weights:
+        network.load_state_dict(torch.load(bundle.path / "models" / "model.pt", weights_only=True), strict=True)
     data = parser.get_parsed_content("preprocessing")({"image": str(scan), "image_path": str(scan)})
     with torch.no_grad():
         data["pred"] = parser.get_parsed_content("inferer")(data["image"][None], network.eval())[0]
@@ -414,8 +435,10 @@ def as_monai_label(bundle: Bundle, scan: Path, threshold: float) -> NDArray[np.u
 
 @each_bundle
 def test_three_routes_give_the_same_mask(bundle: Bundle, heads: Path, tmp_path: Path) -> None:
-    small = prepared(bundle, None, tmp_path / "run", heads)
-    train_bundle(small, RunReport({}), resume=False)
+    small = bundle
+    if bundle.needs_weights:
+        small = prepared(bundle, None, tmp_path / "run", heads)
+        train_bundle(small, RunReport({}), resume=False)
     scans = [heads / f"{name}.nii.gz" for name in ("sheared", "permuted")]
     # A threshold in the middle of the scores gives a mask in which every difference would show.
     segmenter = Segmenter(small, small.config("inference"))
@@ -448,6 +471,20 @@ def test_three_routes_give_the_same_mask(bundle: Bundle, heads: Path, tmp_path: 
 # ---------------------------------------------------------------- weights
 
 
+@pytest.mark.parametrize("bundle", [b for b in BUNDLES.values() if not b.needs_weights], ids=lambda b: b.name)
+def test_what_needs_no_weights_has_none_and_cannot_be_trained(
+    bundle: Bundle, heads: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not (bundle.path / "models").exists()
+    segmenter = Segmenter(bundle, bundle.config("inference"))
+    assert segmenter.weights_sha256 is None
+    assert not segmenter.network.state_dict()
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", f"bundle={bundle.path}", f"data={heads / 'manifest.csv'}"])
+    assert end.value.code == 2
+    assert f"{bundle.name} has nothing to train" in capsys.readouterr().err
+
+
 @pytest.fixture
 def untrained(request: pytest.FixtureRequest, heads: Path, tmp_path: Path) -> Bundle:
     """A tiny bundle whose weights were never trained: `put_weights` gives them."""
@@ -469,7 +506,7 @@ def segmenter_of(bundle: Bundle) -> Segmenter:
     return Segmenter(bundle, bundle.config("inference"))
 
 
-@each_bundle
+@each_trainable_bundle
 def test_weights_that_were_changed_are_refused(bundle: Bundle, untrained: Bundle) -> None:
     with pytest.raises(ConfigError, match="has no weights"):
         segmenter_of(untrained)
@@ -482,7 +519,7 @@ def test_weights_that_were_changed_are_refused(bundle: Bundle, untrained: Bundle
 
 
 @pytest.mark.parametrize("change", ["extra", "missing"])
-@each_bundle
+@each_trainable_bundle
 def test_weights_of_another_network_are_refused(bundle: Bundle, untrained: Bundle, change: str) -> None:
     state = state_of(untrained)
     if change == "extra":
@@ -501,7 +538,7 @@ class Payload:
         return exec, ("raise SystemExit('code in a weights file was run')",)
 
 
-@each_bundle
+@each_trainable_bundle
 def test_weights_with_code_in_them_are_refused(bundle: Bundle, untrained: Bundle) -> None:
     put_weights(untrained, {"model": Payload()})
     with pytest.raises(ConfigError, match="holds code"):

@@ -106,9 +106,11 @@ def test_listing(call: Call) -> None:
     assert call("bundles", "--json") == 0
     shown = {b["name"]: b for b in json.loads(call.out)}
     assert shown.keys() >= {"cascade3d", "segresnet2d"}
+    assert (shown["hu_threshold"]["needs_weights"], shown["cascade3d"]["needs_weights"]) == (False, True)
     assert shown["cascade3d"].keys() >= {"version", "weights", "description", "presets", "variants"}
     assert call("bundles") == 0
     assert all(name in call.out for name in shown)
+    assert "hu_threshold           0.1.0    needs none" in call.out
     assert call("--version") == 0
     assert call.out == f"ich-pipeline {__version__}\n"
 

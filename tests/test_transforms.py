@@ -163,6 +163,21 @@ def test_crop_is_kept_apart_and_zero_outside():
     assert not back[~inside].any()
 
 
+@pytest.mark.parametrize("axes", ["RAS", "RAI"])
+@pytest.mark.parametrize("n_slices", [24, 25, 28, 31])
+def test_last_group_comes_back_to_where_its_slices_are(n_slices, axes):
+    # 0.6 mm slices averaged by eight: 25 of them leave a group of one. A score that grows evenly comes
+    # back as it was between the centres of the first and the last group, and is constant beyond them.
+    grid = make_grid((60, 60, n_slices), (2, 2, 0.6), axes=axes)
+    height = grid_points(grid)[0, 0, :, 2]
+    transform = ModelGrid((5.0, 2.0, 2.0))
+    back = transform.inverse(transform(image_on(grid, np.broadcast_to(height.astype(np.float32), grid.shape)))).numpy()
+    from_below = height - height.min()
+    last_group = (n_slices - 1) % 8 + 1
+    centres_mm = 0.6 * 3.5, from_below.max() - 0.6 * (last_group - 1) / 2
+    assert back[0, 30, 30] - height.min() == pytest.approx(np.clip(from_below, *centres_mm), abs=1e-4)
+
+
 def test_empty_score_comes_back_empty():
     grid = GRIDS["PIR"]
     transform = ModelGrid((5.0, 1.0, 1.0))
@@ -184,7 +199,9 @@ def test_interpolation_in_plane_is_that_of_the_matrices(slice_axis, before, afte
     shape, size = [before] * 3, [after] * 3
     shape[slice_axis] = size[slice_axis] = 5
     image = torch.from_numpy(np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32))
-    matrices = [None if n == 5 else interpolation_matrix(before, n, (before / n - 1) / 2, before / n) for n in size]
+    step = before / after
+    at = (step - 1) / 2 + step * np.arange(after)
+    matrices = [None if axis == slice_axis else interpolation_matrix(before, at, step) for axis in range(3)]
     found = interpolate_in_plane(image, size, slice_axis)
     assert torch.allclose(found, apply_along_axes(image, matrices), atol=1e-5)
 
@@ -192,13 +209,15 @@ def test_interpolation_in_plane_is_that_of_the_matrices(slice_axis, before, afte
 class TestMatrices:
     @pytest.mark.parametrize(("n_in", "n_out", "start", "step"), [(10, 7, 0.2, 1.4), (10, 25, -0.3, 0.4), (1, 3, 0, 1)])
     def test_rows_add_up_to_one(self, n_in, n_out, start, step):
-        matrix = interpolation_matrix(n_in, n_out, start, step)
+        matrix = interpolation_matrix(n_in, start + step * np.arange(n_out), step)
         assert matrix.shape == (n_out, n_in)
         assert matrix.sum(axis=1) == pytest.approx(1, abs=1e-6)
         assert matrix.min() >= 0
 
     def test_interpolation_between_two_samples(self):
-        assert interpolation_matrix(3, 2, 0.25, 1.0) == pytest.approx(np.array([[0.75, 0.25, 0], [0, 0.75, 0.25]]))
+        assert interpolation_matrix(3, np.array([0.25, 1.25]), 1.0) == pytest.approx(
+            np.array([[0.75, 0.25, 0], [0, 0.75, 0.25]])
+        )
 
     def test_last_group_averages_what_it_has(self):
         assert averaging_matrix(5, 2) @ np.array([0, 2, 4, 6, 8]) == pytest.approx([1, 5, 8])
@@ -271,6 +290,18 @@ class TestModelGridd:
         assert np.prod(out["image"].shape[1:]) < np.prod(
             ModelGridd("image", (11.0, 3.0, 3.0), crop_head=False)(data)["image"].shape[1:]
         )
+
+    def test_range_of_hu_is_cut_on_the_native_grid(self):
+        # Averaging first would call the edge of bone and brain blood.
+        image_hu, label, grid = bleeding_head()
+        data = {"image": image_on(grid, image_hu), "label": image_on(grid, label)}
+        spacing_mm = (22.0, 8.0, 8.0)
+        scan = ModelGridd("image", spacing_mm)(data)["image"]
+        ranged = ModelGridd("image", spacing_mm, hu_range=[65, 65])(data)["image"]
+        assert torch.equal(ranged.affine, scan.affine)  # the head is looked for in HU
+        blood = ModelGrid(spacing_mm)(data["label"], box=head_box(image_hu, grid))
+        assert torch.equal(ranged.as_tensor(), blood.as_tensor())
+        assert 0 < blood.mean() < ((scan > 50) & (scan < 80)).float().mean()
 
     def test_label_on_another_grid_is_refused(self):
         image_hu, label, grid = bleeding_head()
