@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -164,12 +165,20 @@ def prepared(source: Bundle, variant: str | None, out: Path, heads: Path) -> Bun
     return Bundle(out / "bundle")
 
 
+def on_a_coarse_grid(source: Bundle, folder: Path) -> Bundle:
+    """A bundle without presets on a model grid that is about as coarse as the phantom."""
+    shutil.copytree(source.path, folder)
+    names = source.config_names
+    bundles.write_configs(folder, bundles.resolve(source, names, {"spacing_mm": [10.0, 2.0, 2.0]}, None))
+    return Bundle(folder)
+
+
 @pytest.fixture(scope="module", params=ready_of([*WITH_VARIANTS, *WITHOUT_WEIGHTS]))
 def ready(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, heads: Path) -> Bundle:
-    """A tiny bundle with the weights of two training steps, or one that needs none."""
+    """A tiny bundle with the weights of two training steps, or with none where none are needed."""
     name, variant = request.param
     if name not in TRAINABLE:
-        return BUNDLES[name]
+        return on_a_coarse_grid(BUNDLES[name], tmp_path_factory.mktemp("bundle") / name)
     bundle = prepared(BUNDLES[name], variant, tmp_path_factory.mktemp("run"), heads)
     result = train_bundle(bundle, RunReport({}), resume=False)
     assert result.best_epoch == 1

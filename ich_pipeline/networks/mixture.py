@@ -1,7 +1,7 @@
-"""Acute blood by a Gaussian mixture of the brain's Hounsfield units: nothing is trained, every head is fitted for itself.
+"""Acute blood by a Gaussian mixture of the brain's Hounsfield units: no training, every head is fitted by itself.
 
-After Kärkkäinen et al., "Unsupervised acute intracranial hemorrhage segmentation with mixture models" (ICHI 2021), the
-method that Rajapakse et al. (IEEE Access 2024, table 1) list as EM: without skull and calcifications, healthy tissue and
+After Kärkkäinen et al., "Unsupervised acute intracranial hemorrhage segmentation with mixture models" (ICHI 2021),
+which Rajapakse et al. (IEEE Access 2024, table 1) list as EM: without skull and calcifications, healthy tissue and
 blood follow different normal distributions, and expectation-maximisation parts them. Simpler than the paper, which fits
 voxels one by one: one mixture for the whole head.
 """
@@ -29,6 +29,8 @@ START_HU = (8.0, 28.0, 38.0, 65.0)
 FITTED_VOXELS = 100_000
 # In HU: less than the noise of any scan. Keeps a class of equal voxels from width 0.
 LEAST_WIDTH_HU = 1.0
+# Probabilities are looked up in a table this fine: exact ones took as long as the fit.
+STEP_HU = 0.05
 
 
 class BrainMixture(nn.Module):
@@ -125,6 +127,7 @@ def blood_probability(values_hu: NDArray[np.float32], blood_hu: float) -> NDArra
         weights_init=np.full(len(START_HU), 1 / len(START_HU)),
         precisions_init=np.full((len(START_HU), 1, 1), 1 / 36),
         reg_covar=LEAST_WIDTH_HU**2,
+        tol=1e-4,
         max_iter=200,
         random_state=0,
     ).fit(values_hu[::every, None])
@@ -132,5 +135,7 @@ def blood_probability(values_hu: NDArray[np.float32], blood_hu: float) -> NDArra
     blood = means >= blood_hu
     if not blood.any():
         return np.zeros_like(values_hu)
-    probability = mixture.predict_proba(values_hu[:, None])[:, blood].sum(axis=1)
-    return np.where(values_hu > means[~blood].max(initial=-np.inf), probability, 0).astype(np.float32)
+    table_hu = np.arange(values_hu.min(), values_hu.max() + STEP_HU, STEP_HU)
+    table = mixture.predict_proba(table_hu[:, None])[:, blood].sum(axis=1)
+    table[table_hu <= means[~blood].max(initial=-np.inf)] = 0
+    return np.interp(values_hu, table_hu, table).astype(np.float32)
