@@ -83,8 +83,8 @@ def boxes_of_bhx(table: Path | str, records: Sequence[CaseRecord]) -> "list[Box]
         boxes += [Box(record.case_id, index_of[uid], subtype.name, *corners) for uid, subtype, corners in held]
     if not boxes:
         raise ManifestError(
-            f"{table}: none of its {sum(map(len, rows_of.values()))} boxes lies in a slice of the {len(records)} series, "
-            "expected boxes of these. Check that data set and table belong together."
+            f"{table}: none of its {sum(map(len, rows_of.values()))} boxes lies in a slice of the {len(records)} "
+            "series, expected boxes of these. Check that data set and table belong together."
         )
     return boxes
 
