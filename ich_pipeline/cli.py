@@ -51,6 +51,7 @@ def _main(
     Settings are given as key=value and reach any key of a bundle's config (nested keys with a dot); values are YAML.
     """
     logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("highdicom").setLevel(logging.WARNING)  # it says each element that it copies
 
 
 def split_words(words: list[str]) -> tuple[list[Path], list[str]]:
@@ -70,10 +71,17 @@ def split_words(words: list[str]) -> tuple[list[Path], list[str]]:
     return scans, settings
 
 
+IDENTIFIERS = ["keep_identifiers=true"]  # what the option below means
+KeepIdentifiers = Annotated[
+    bool, typer.Option("--keep-identifiers", help="columns with patient, study and accession number of DICOM scans")
+]
+
+
 @app.command()
 def segment(
     words: ScansAndWords,
     out: Annotated[Path, typer.Option("--out", help="folder for masks, table and pictures")],
+    keep_identifiers: KeepIdentifiers = False,
 ) -> int:
     """Segment scans: one mask a scan, on the scan's own grid, and the table volumes.csv beside them.
 
@@ -81,7 +89,7 @@ def segment(
     """
     from ich_pipeline import commands
 
-    scans, settings = split_words(words)
+    scans, settings = split_words([*words, *IDENTIFIERS * keep_identifiers])
     return commands.segment(scans, out, out / "volumes.csv", commands.Settings.of(settings))
 
 
@@ -90,6 +98,7 @@ def volume(
     words: ScansAndWords,
     out: Annotated[Path, typer.Option("--out", help="the table; masks, pictures and run.json go beside it")],
     masks: Annotated[bool, typer.Option("--masks", help="SCANS are masks: only measure them")] = False,
+    keep_identifiers: KeepIdentifiers = False,
 ) -> int:
     """Measure bleeds: segment scans, then voxel volume beside ABC/2 and Tada; or measure masks that exist.
 
@@ -99,7 +108,7 @@ def volume(
     """
     from ich_pipeline import commands
 
-    scans, words = split_words(words)
+    scans, words = split_words([*words, *IDENTIFIERS * keep_identifiers])
     settings = commands.Settings.of(words)
     if masks:
         return commands.measure_masks(scans, out, settings)

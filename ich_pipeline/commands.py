@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ich_pipeline import bundles
 from ich_pipeline.bundles import Bundle, Config
 from ich_pipeline.errors import ConfigError
-from ich_pipeline.files import atomic_path, remove_leftovers
+from ich_pipeline.files import SEG_SUFFIX, SR_SUFFIX, atomic_path, remove_leftovers
 from ich_pipeline.growth import Criterion, Growth, failed_growth, measure_growth, parse_criterion
 from ich_pipeline.pairing import Pair, cases_of, find_pairs
 from ich_pipeline.records import CaseRecord
@@ -122,7 +122,8 @@ def segment_cases(
     pictures = table.parent / "pictures" if settings.run["pictures"] else None
     for folder in filter(None, (table.parent, masks, pictures, regions, probabilities)):
         remove_leftovers(folder)
-    pipeline = Pipeline(segmenter, masks, pictures, report, regions, probabilities)
+    kept = {name: settings.run[name] for name in ("dicom", "keep_identifiers")}
+    pipeline = Pipeline(segmenter, masks, pictures, report, regions, probabilities, **kept)
     report.write(table.parent / "run.json")
     try:
         with tqdm(total=len(cases), initial=len(done), desc="scans", unit="scan", file=sys.stderr) as bar:
@@ -270,7 +271,7 @@ def _shown(bar: Any, row: CaseRow) -> None:
 def _done_before(table: Path, cases: Sequence[CaseRecord], config: Mapping[str, Any], bundle: Bundle) -> list[CaseRow]:
     """Rows of an earlier run of the same command that need not be done again.
 
-    A case is done again when it failed, when its mask is gone, and when its scan is newer than its mask.
+    A case is done again when it failed, when a file of its mask is gone, and when its scan is newer than its mask.
 
     Raises:
         ConfigError: the table is of a run with other settings, other weights or other scans.
@@ -293,12 +294,24 @@ def _done_before(table: Path, cases: Sequence[CaseRecord], config: Mapping[str, 
             f"{table} also holds {other[0]}, which is not among these scans ({len(other)} in all). Give another --out, "
             "or overwrite=true to replace it."
         )
-    return [row for row in rows if row.image and row.mask and _is_newer(row.mask, row.image)]
+    return [row for row in rows if _is_whole(row, dicom=bool(config["run"]["dicom"]))]
 
 
-def _decisive(config: Mapping[str, Any]) -> tuple[Any, Any]:
+def _is_whole(row: CaseRow, *, dicom: bool) -> bool:
+    """Whether the files of a case that is ok are there, and no older than its scan; a NIfTI scan has no DICOM files."""
+    from ich_pipeline.dicom_out import are_complete
+    from ich_pipeline.nifti import is_nifti
+
+    if not (row.image and row.mask and row.report and _is_newer(row.mask, row.image)):
+        return False
+    no_dicom = not dicom or is_nifti(row.image) or "no_dicom_results" in row.flags
+    return no_dicom or are_complete(row.mask, row.report.n_lesions)
+
+
+def _decisive(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """What of a recorded config decides the files of a run."""
-    return config.get("inference"), (config.get("run") or {}).get("pictures")
+    run = config.get("run") or {}
+    return config.get("inference"), *(run.get(name) for name in ("pictures", "dicom", "keep_identifiers"))
 
 
 def _is_newer(mask: Path, scan: Path) -> bool:
@@ -378,7 +391,8 @@ def _clear(cases: Sequence[CaseRecord], folders: Sequence[Path], table: Path) ->
         file.unlink(missing_ok=True)
     for case in cases:
         for folder in folders:
-            (folder / f"{case.case_id}.nii.gz").unlink(missing_ok=True)
+            for suffix in (".nii.gz", SEG_SUFFIX, SR_SUFFIX):
+                (folder / f"{case.case_id}{suffix}").unlink(missing_ok=True)
         (table.parent / "pictures" / f"{case.case_id}.png").unlink(missing_ok=True)
 
 

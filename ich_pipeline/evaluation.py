@@ -49,7 +49,7 @@ def labelled_cases(manifest: str | Path | None, split: str) -> list[CaseRecord]:
 
 def labelled_items(manifest: str | Path | None, split: str) -> list[dict[str, str]]:
     """`labelled_cases` as a MONAI data list."""
-    return [{"image": str(case.image), "label": str(case.label)} for case in labelled_cases(manifest, split)]
+    return [case.item() for case in labelled_cases(manifest, split)]
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def draw_with_labels(cases: Sequence[CaseRecord], table: Path, pictures: Path) -
         row = by_id[case.case_id]
         if row.mask is None or case.label is None:
             continue
-        scan = read_scan(case.image, case.case_id)
+        scan = read_scan(case.image, case.case_id, case.series)
         (mask, _), (label, _) = read_mask(row.mask), read_mask(case.label)
         picture = montage(scan.image_hu, mask, case_id=case.case_id, label=label, report=row.report)
         write_png(pictures / f"{case.case_id}.png", picture)

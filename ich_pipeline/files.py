@@ -11,6 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ich_pipeline.errors import ReadError
+
+# Results of a DICOM scan, beside its mask: `<case_id>.seg.dcm`, `<case_id>.sr.dcm`.
+SEG_SUFFIX, SR_SUFFIX = ".seg.dcm", ".sr.dcm"
+
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
@@ -40,6 +45,36 @@ def remove_leftovers(folder: Path) -> None:
         owner = re.fullmatch(r"\.(\d+)-[0-9a-f]{12}-.+", path.name)
         if owner and not psutil.pid_exists(int(owner[1])):
             path.unlink(missing_ok=True)
+
+
+def files_under(root: Path, what: str) -> Iterator[tuple[Path, list[Path]]]:
+    """Folders from `root` down and the files in each, sorted; hidden names are passed over, folders that are links too.
+
+    A link to a folder inside `root` is not followed: what it leads to comes up under its own name.
+
+    Args:
+        root: a folder.
+        what: whose folder it is, for the error.
+
+    Raises:
+        ReadError: a link leads out of `root`.
+        OSError: a folder cannot be listed.
+    """
+    inside = os.path.realpath(root)
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        names = sorted(name for name in names if not name.startswith("."))
+        for path in (Path(folder, name) for name in (*subfolders, *names)):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+                raise ReadError(
+                    f"{what}: {path.relative_to(root)} is a link that leads out of {root.name}, expected files inside "
+                    "it. Copy them there, or give the folder that they are in."
+                )
+        yield Path(folder), [path for path in (Path(folder, name) for name in names) if path.is_file()]
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def sha256_of(path: Path | str) -> str:

@@ -15,9 +15,10 @@ from ich_pipeline.errors import GeometryError
 
 Affine = NDArray[np.float64]
 
-# Plausible for a head CT: the smallest pixel on the market to a thick localizer, and a finger to a whole body.
+# Plausible for a head CT: the smallest pixel on the market to a thick localizer; a tight crop of a small child's head
+# to head and neck in a wide field. A whole body is longer.
 VOXEL_VOLUME_MM3 = (1e-3, 1e3)
-FIELD_MM = (50.0, 2000.0)
+FIELD_MM = (50.0, 600.0)
 # Two grids are one when no voxel corner moves by more than this share of the smallest voxel edge.
 SAME_GRID_TOLERANCE = 0.01
 

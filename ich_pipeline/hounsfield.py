@@ -1,4 +1,4 @@
-"""Is this a head CT in Hounsfield units? Said from the values alone, and padding taken out of the way."""
+"""Is this a head CT in Hounsfield units? Said from values and size alone, and padding taken out of the way."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ich_pipeline.errors import ReadError
+from ich_pipeline.geometry import Grid
 
 AIR_HU = -1000
 PADDING_BELOW_HU = -1024  # scanners write -1024 for air at the least; what lies below is no measurement
@@ -18,6 +19,10 @@ MIN_AIR_SHARE = 0.01  # a tight crop may hold too little air to ask where its mo
 TISSUE_BIN_HU, AIR_BIN_HU = 5, 25
 SAMPLE_VOXELS = 200_000
 NAN_MARGIN_TISSUE_HU = -300
+# A skull is a tenth of a head and more; a water cylinder with a rod in it, or a table, is less than this.
+BODY_HU, BONE_HU, LEAST_BONE_SHARE = -300, 200, 0.02
+# A head of 65 cm around has 340 cm2 in its largest slice, a headrest up to 100; an adult's trunk has 600 and more.
+LARGEST_SLICE_CM2 = 500.0
 
 
 def clean_hu(case_id: str, image_hu: NDArray[np.generic]) -> tuple[NDArray[np.generic], tuple[str, ...]]:
@@ -48,6 +53,38 @@ def clean_hu(case_id: str, image_hu: NDArray[np.generic]) -> tuple[NDArray[np.ge
     return image_hu, flags
 
 
+def check_head(case_id: str, image_hu: NDArray[Any], grid: Grid) -> None:
+    """Refuse what is in HU and certainly no head.
+
+    Certain is only what no head can be: without bone, or with slices of a trunk's size. A knee, a wrist or a small
+    child's chest passes; nothing short of finding a brain would tell them.
+
+    Raises:
+        ReadError: naming what was found and expected.
+    """
+    stride = _stride(image_hu)
+    sample_hu = np.moveaxis(image_hu[::stride, ::stride, ::stride], grid.slice_axis, 0)
+    body = sample_hu > BODY_HU
+    bone_share = np.count_nonzero(sample_hu >= BONE_HU) / np.count_nonzero(body)
+    if bone_share < LEAST_BONE_SHARE:
+        raise ReadError(
+            f"{case_id}: bone ({BONE_HU} HU and more) is {bone_share:.1%} of what is not air, expected at least "
+            f"{LEAST_BONE_SHARE:.0%} in a head. Give a CT of the head, skull included."
+        )
+    pixel_cm2 = stride**2 * grid.voxel_volume_mm3 / grid.slice_spacing_mm / 100
+    slice_cm2 = float(np.median(np.count_nonzero(body, axis=(1, 2)))) * pixel_cm2
+    if slice_cm2 > LARGEST_SLICE_CM2:
+        raise ReadError(
+            f"{case_id}: the median slice shows {slice_cm2:.0f} cm2 of what is not air, expected at most "
+            f"{LARGEST_SLICE_CM2:.0f} in a head. Give the series of the head, without the trunk."
+        )
+
+
+def _stride(image_hu: NDArray[np.generic]) -> int:
+    """Step along every axis that leaves about SAMPLE_VOXELS."""
+    return max(1, round((image_hu.size / SAMPLE_VOXELS) ** (1 / 3)))
+
+
 def _check_range(case_id: str, image_hu: NDArray[np.generic], lowest: float, highest: float) -> None:
     """Modes come from about SAMPLE_VOXELS evenly strided voxels: a mode needs no more."""
     found = f"{case_id}: values run from {lowest:g} to {highest:g}"
@@ -55,7 +92,7 @@ def _check_range(case_id: str, image_hu: NDArray[np.generic], lowest: float, hig
     remedy = "Export the CT unwindowed, with rescale slope and intercept applied."
     if not (np.isfinite([lowest, highest]).all() and lowest <= DARKEST_HU and highest >= BRIGHTEST_HU):
         raise ReadError(f"{found}; {expected}. {remedy}")
-    stride = max(1, round((image_hu.size / SAMPLE_VOXELS) ** (1 / 3)))
+    stride = _stride(image_hu)
     sample_hu = image_hu[::stride, ::stride, ::stride].ravel(order="K")
     share, tissue_mode = _mode(sample_hu, *TISSUE_BAND_HU, TISSUE_BIN_HU)
     if share < MIN_TISSUE_SHARE or not TISSUE_MODE_HU[0] <= tissue_mode <= TISSUE_MODE_HU[1]:

@@ -33,14 +33,26 @@ QUALITIES = (60, 45, 30)
 MAX_PICTURE_BYTES = 120_000
 
 FLAG_WORDS = {
+    "contrast_agent": "The series names a contrast agent: enhanced vessels may be taken for blood.",
+    "contrast_suspected": "Something long inside the skull is as bright as contrast medium.",
     "duplicate_slices": "The series held slices twice; each was taken once.",
     "gantry_tilt": "The gantry was tilted by more than 0.5 degrees; volumes allow for it.",
+    "lossy_compression": "The pixels were compressed with losses before they came.",
+    "metal_suspected": "Something is as dense as metal: streaks may hide blood or look like it.",
+    "motion_suspected": "The skull jumps from one slice to the next: the head may have moved.",
     "nan_outside_head": "Voxels without a value, away from the head, were read as air.",
+    "no_dicom_results": "The series' headers do not allow a DICOM SEG and SR; there is none.",
     "padding": "Values below -1024 HU, outside the scanner's field, were read as -1024.",
     "phantom_weights": "The network was trained on synthetic phantoms: its outlines say nothing about patients.",
     "pixdim_differs": "The header's voxel size is not that of its affine; the affine counts.",
     "qform_differs": "The header's two transforms differ; the sform counts.",
     "secondary_image": "The series was derived from another one.",
+    "sharp_kernel": "The only series was reconstructed with a kernel for bone or lung, which adds noise.",
+    "split_by_acquisition": "The series held several acquisitions; the one without contrast agent was taken.",
+    "strong_resampling": "The network saw voxels more than three times as long or as short as those of the scan.",
+    "touches_border": "The mask reaches the edge of the scan: the bleed may go on outside.",
+    "uneven_slices": "Slices lie unevenly; each counts for half the way to its neighbours.",
+    "untrained_slice_spacing": "The slices are thinner or thicker than those that the network was trained on.",
     "units_scaled": "The header was not in millimetres, and was converted.",
 }
 

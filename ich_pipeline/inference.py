@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 from ich_pipeline.bundles import Bundle
 from ich_pipeline.engines import check_hash, pick_device
 from ich_pipeline.errors import ConfigError, own_errors
+from ich_pipeline.quality import fit_flags
 from ich_pipeline.reading import find_scans
 from ich_pipeline.records import CaseRecord, NativeMask, Scan
 from ich_pipeline.transforms import scan_of
 
 
 def items(scans: str | Sequence[str]) -> list[dict[str, str]]:
-    """Files, folders or manifests as the data list of a MONAI dataset: `[{"image": path}, ...]`."""
+    """Files, folders or manifests as the data list of a MONAI dataset: `[{"image": path}, ...]` (`CaseRecord.item`)."""
     given = [scans] if isinstance(scans, str) else scans
-    return [{"image": str(case.image)} for case in find_scans([Path(s) for s in given])]
+    return [case.item() for case in find_scans([Path(s) for s in given])]
 
 
 # Gives a context in which the seconds of one named stage are counted (`RunReport.stage`).
@@ -51,6 +52,7 @@ class Prediction:
         scan: as it was read.
         mask: uint8 0 or 1 on the scan's grid.
         probability: (I, J, K) float32 on the scan's grid, before the threshold.
+        flags: of the weights, and where the scan does not fit the bundle (quality.py).
         regions: where a cascade's first stage found something, on the scan's grid; None where none was asked for, or
             the bundle has no such stage.
     """
@@ -58,6 +60,7 @@ class Prediction:
     scan: Scan
     mask: NativeMask
     probability: NDArray[np.float32]
+    flags: tuple[str, ...] = ()
     regions: NativeMask | None = None
 
 
@@ -73,6 +76,7 @@ class Segmenter:
     Attributes:
         weights_sha256: None of a bundle that needs no weights.
         threshold: of the probability, above which a voxel belongs to the mask.
+        trained_slice_mm: least and largest slice spacing of the training scans; None where the metadata do not say.
         flags: what a reader of a result should know of the weights: `phantom_weights` were trained on phantoms.
 
     Raises:
@@ -87,6 +91,7 @@ class Segmenter:
             )
         self.bundle = bundle
         self.weights_sha256 = check_hash(bundle.weights) if bundle.weights else None
+        self.trained_slice_mm = bundle.metadata.get("trained_slice_mm")
         self.flags = ("phantom_weights",) if bundle.metadata.get("trained_on_phantoms") else ()
         parser = ConfigParser({**config, "bundle_root": str(bundle.path)})
         with own_errors():
@@ -123,7 +128,7 @@ class Segmenter:
             GeometryError: its grid is broken or implausible.
         """
         with stage("read"):
-            data = self.reading({"image": str(case.image)})
+            data = self.reading(case.item())
             scan = scan_of(data["image"], case)
         with stage("preprocess"):
             return Loaded(scan, self.preprocessing(data))
@@ -138,7 +143,9 @@ class Segmenter:
             probability = np.asarray(data["pred"][0])
             mask = np.asarray(self.thresholding(data)["pred"][0]).astype(np.uint8)
             regions = self._native_regions(loaded) if with_regions else None
-            return Prediction(loaded.scan, NativeMask(mask, loaded.scan.grid), probability, regions)
+            model_affine = np.asarray(loaded.data["image"].affine)
+            flags = self.flags + fit_flags(loaded.scan.grid, model_affine, self.trained_slice_mm)
+            return Prediction(loaded.scan, NativeMask(mask, loaded.scan.grid), probability, flags, regions)
 
     def _native_regions(self, loaded: Loaded) -> NativeMask | None:
         """What a cascade's first stage found in the last call."""

@@ -67,7 +67,7 @@ def boxes_of_bhx(table: Path | str, records: Sequence[CaseRecord]) -> "list[Box]
         ReadError: a series with boxes cannot be read.
     """
     from ich_pipeline.detection import Box
-    from ich_pipeline.dicom import find_slices
+    from ich_pipeline.dicom.stack import find_slices
 
     rows_of: dict[str, list[tuple[str, Subtype, tuple[float, float, float, float]]]] = defaultdict(list)
     for series_uid, slice_uid, subtype, corners in _bhx_rows(Path(table)):
@@ -77,8 +77,8 @@ def boxes_of_bhx(table: Path | str, records: Sequence[CaseRecord]) -> "list[Box]
         rows = rows_of.get(_series_uid(record.image))
         if not rows:
             continue
-        slices = find_slices(record.image, record.case_id).datasets
-        index_of = {str(dataset.SOPInstanceUID): k for k, dataset in enumerate(slices)}
+        slices = find_slices(record.image, record.case_id).images
+        index_of = {str(image.header.SOPInstanceUID): k for k, image in enumerate(slices)}
         held = [row for row in rows if row[0] in index_of]
         boxes += [Box(record.case_id, index_of[uid], subtype.name, *corners) for uid, subtype, corners in held]
     if not boxes:

@@ -92,8 +92,11 @@ def read_header(path: Path, case_id: str) -> NiftiHeader:
     shape = _shape_3d(case_id, raw)
     single = magic in SINGLE_MAGIC
     offset = float(raw["vox_offset"])
-    if not (offset >= (raw.sizeof_hdr if single else 0) and offset == int(offset)):
-        raise ReadError(f"{case_id}: voxels start at byte {offset:g}, inside the header. Convert the scan again.")
+    first = raw.sizeof_hdr if single else 0
+    if not (first <= offset < np.inf and offset == int(offset)):
+        raise ReadError(
+            f"{case_id}: voxels start at byte {offset:g}, expected {first} or later. Convert the scan again."
+        )
     affine, flags = _affine_mm(case_id, raw, shape)
     positions = _slice_positions(path, case_id, raw.sizeof_hdr, int(offset)) if single else None
     grid = _grid(case_id, shape, affine, positions)
@@ -246,6 +249,8 @@ def _dtype(case_id: str, raw: Any) -> np.dtype[Any]:
 
 
 def _scaling(case_id: str, raw: Any) -> tuple[float, float]:
+    if np.isinf(raw["scl_slope"]):
+        raise ReadError(f"{case_id}: scl_slope is {raw['scl_slope']}, expected a number. Convert the scan again.")
     try:
         slope, inter = raw.get_slope_inter()  # None for slope 0 or NaN, which the standard reads as unset
     except HeaderDataError as error:
@@ -313,7 +318,7 @@ def _choose_form(case_id: str, raw: Any, shape: tuple[int, int, int]) -> tuple[A
             f"{case_id}: a tilted series written by dcm2niix, whose sform gives {sform.voxel_volume_mm3:.5g} mm3 a "
             f"voxel where the series has {np.prod(pixdim):.5g}. Give the DICOM folder instead."
         )
-    return sform.affine, ("qform_differs",) if grid_difference(Grid(shape, qform), sform) else ()
+    return sform.affine, ("qform_differs",) if grid_difference(_grid(case_id, shape, qform), sform) else ()
 
 
 def _sform(raw: Any) -> Affine:
@@ -369,7 +374,7 @@ def _read_bounded(path: Path, case_id: str, expected: int) -> bytes:
     """The file's content, decompressed; at most one byte more than expected, so that excess shows."""
     if not _is_gzip(path):
         with path.open("rb") as stream:
-            return stream.read(expected + 1)
+            return stream.read(min(expected, path.stat().st_size) + 1)  # it takes the memory before it reads
     packed = path.read_bytes()
     if expected > MAX_DEFLATE_RATIO * len(packed):
         raise ReadError(

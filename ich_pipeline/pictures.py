@@ -52,6 +52,7 @@ def montage(
     case_id: str,
     label: NativeMask | None = None,
     report: VolumeReport | None = None,
+    flags: Sequence[str] = (),
     tiles: tuple[int, int] = TILES,
     tile_px: int = TILE_PX,
 ) -> "Image":
@@ -64,6 +65,7 @@ def montage(
         image_hu: (I, J, K) on the grid of `mask`, in any orientation.
         label: reference outline in a second colour.
         report: numbers for the caption.
+        flags: short names for a line of their own below; no line where there are none.
         tiles: columns and rows.
         tile_px: width and height of a tile.
 
@@ -84,7 +86,7 @@ def montage(
     lines = caliper_lines_mm(mask)
     index_slice = view.slice_of(lines[0]) if lines else None
     slices = _choose_slices(view, [each for each in (mask, label) if each], index_slice, columns * rows)
-    caption_px = 2 * _LINE_PX + 2 * _MARGIN_PX
+    caption_px = (3 if flags else 2) * _LINE_PX + 2 * _MARGIN_PX
     canvas = np.zeros((caption_px + rows * tile_px, columns * tile_px), np.uint8)
     corners = [(n % columns * tile_px, caption_px + n // columns * tile_px) for n in range(len(slices))]
     for k, (left, top) in zip(slices, corners, strict=True):
@@ -94,7 +96,7 @@ def montage(
     for k, corner in zip(slices, corners, strict=True):
         _mark_tile(draw, view, k, corner, lines if k == index_slice else None)
     names = {"mask": _MASK} | ({"label": _LABEL} if label else {}) | ({"A": _A, "B": _B} if lines else {})
-    _write_caption(draw, picture.width, case_id, _numbers(mask, report), names)
+    _write_caption(draw, picture.width, case_id, _numbers(mask, report), names, flags)
     picture.putpalette(_PALETTE)
     return picture
 
@@ -246,13 +248,17 @@ def _mark_tile(
         draw.line([(left + x, top + y) for x, y in view.to_px(line_mm)], fill=colour, width=2)
 
 
-def _write_caption(draw: "ImageDraw", width: int, case_id: str, numbers: str, colours: dict[str, int]) -> None:
-    """Case, notice and numbers; on the right what the colours mean."""
+def _write_caption(
+    draw: "ImageDraw", width: int, case_id: str, numbers: str, colours: dict[str, int], flags: Sequence[str]
+) -> None:
+    """Case, notice, numbers and flags; on the right what the colours mean."""
     below = _MARGIN_PX + _LINE_PX
     draw.text((_MARGIN_PX, _MARGIN_PX), case_id, fill=_WHITE, font=_font(17))
     after_case = _MARGIN_PX + int(draw.textlength(case_id, font=_font(17))) + 16
     draw.text((after_case, _MARGIN_PX + 3), NOTICE, fill=_DIM, font=_font(14))
     draw.text((_MARGIN_PX, below), numbers, fill=_WHITE, font=_font(14))
+    if flags:
+        draw.text((_MARGIN_PX, below + _LINE_PX), "flags: " + ", ".join(flags), fill=_DIM, font=_font(14))
     x = width - _MARGIN_PX
     for name, colour in reversed(colours.items()):
         draw.text((x, _MARGIN_PX), name, fill=_WHITE, font=_font(14), anchor="ra")

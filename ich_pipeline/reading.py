@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,32 +11,36 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 
-from ich_pipeline.dicom import is_dicom, read_series
+from ich_pipeline.dicom import read_series
+from ich_pipeline.dicom.archive import is_zip
+from ich_pipeline.dicom.headers import is_dicom
 from ich_pipeline.errors import ReadError
+from ich_pipeline.files import SEG_SUFFIX, SR_SUFFIX, files_under
 from ich_pipeline.geometry import Grid
-from ich_pipeline.hounsfield import clean_hu
+from ich_pipeline.hounsfield import check_head, clean_hu
 from ich_pipeline.manifest import read_manifest
+from ich_pipeline.memory import check_memory
 from ich_pipeline.nifti import NiftiHeader, is_nifti, nifti_stem, read_header, read_voxels
 from ich_pipeline.records import CaseRecord, NativeMask, NiftiForms, Scan
 
 GANTRY_TILT_DEG = 0.5
-# From the file to its mask, with the largest bundle: docs/speed.md has 512 x 512 x 400.
-BYTES_PER_VOXEL = 48
 # Below this angle shear is rounding of the direction cosines, and a qform says the same as the sform.
 NO_SHEAR_DEG = 0.02
 
 
-def read_scan(path: Path | str, case_id: str | None = None) -> Scan:
-    """Read one head CT: a NIfTI file, or a folder (with subfolders) that holds one DICOM CT series.
+def read_scan(path: Path | str, case_id: str | None = None, series: str | None = None) -> Scan:
+    """Read one head CT: a NIfTI file, or a folder (with subfolders) or ZIP file with a DICOM CT series.
 
     Args:
-        path: .nii, .nii.gz, .hdr or .img, or a folder.
-        case_id: by default the file name without its NIfTI suffix, or the folder's name.
+        path: .nii, .nii.gz, .hdr or .img, a folder, or .zip.
+        case_id: by default the file name without its suffix, or the folder's name.
+        series: SeriesInstanceUID or SeriesNumber, where a folder holds several; by default `choose_series` decides.
 
     Returns:
         The scan in HU, int16 where that is exact, else float32. Values below -1024 (padding) are raised to -1024, as
         resampling needs; the flag `padding` says so. Other flags: `gantry_tilt` (above 0.5 degrees),
-        `nan_outside_head`, `qform_differs`, `pixdim_differs`, `units_scaled`, `duplicate_slices`, `secondary_image`.
+        `nan_outside_head`, `qform_differs`, `pixdim_differs`, `units_scaled`, `duplicate_slices`, `secondary_image`,
+        `contrast_agent`, `sharp_kernel`, `lossy_compression`, `split_by_acquisition`, `uneven_slices`.
 
     Raises:
         ReadError: nothing there, not a head CT in HU, or a file or series that cannot be read whole.
@@ -44,36 +48,37 @@ def read_scan(path: Path | str, case_id: str | None = None) -> Scan:
     """
     path = Path(path)
     case_id = case_id or default_case_id(path)
-    if path.is_dir():
-        series = read_series(path, case_id)
-        image_hu, grid, series_uid, flags = series.image_hu, series.grid, series.series_uid, series.flags
+    if is_dicom_input(path):
+        found = read_series(path, case_id, series)
+        image_hu, grid, info, flags = found.image_hu, found.grid, found.info, found.flags
         forms = _scanner_forms(grid)
     else:
         _require_nifti(path, case_id)
         header = read_header(path, case_id)
         check_memory(case_id, header.grid.shape)
-        image_hu, grid, forms, series_uid, flags = _rescaled(header), header.grid, header.forms, None, header.flags
+        image_hu, grid, forms, info, flags = _rescaled(header), header.grid, header.forms, None, header.flags
     image_hu, value_flags = clean_hu(case_id, image_hu)
+    check_head(case_id, image_hu, grid)
     if grid.tilt_deg > GANTRY_TILT_DEG:
         flags += ("gantry_tilt",)
     unique_flags = tuple(dict.fromkeys(flags + value_flags))
-    return Scan(case_id, image_hu, grid, forms, path.resolve(), series_uid, unique_flags)
+    return Scan(case_id, image_hu, grid, forms, path.resolve(), info, unique_flags)
 
 
-def check_memory(case_id: str, shape: Sequence[int]) -> None:
-    """Refuse a scan that this machine cannot take now: the kernel would end the whole batch, not the case.
+def is_dicom_input(path: Path) -> bool:
+    """Whether a path is read as DICOM: a folder or a ZIP file that is there."""
+    return path.is_dir() or (is_zip(path) and path.is_file())
+
+
+def read_grid(path: Path | str) -> Grid:
+    """Grid of a scan; of a NIfTI file only the header is read.
 
     Raises:
-        ReadError: the scan needs more than what is free.
+        ReadError: as `read_scan`.
+        GeometryError: as `read_scan`.
     """
-    import psutil  # a light command never comes here
-
-    needed, free = BYTES_PER_VOXEL * float(np.prod(shape, dtype=float)), psutil.virtual_memory().available
-    if needed > free:
-        raise ReadError(
-            f"{case_id}: {tuple(shape)} voxels need about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
-            "free. Crop the scan to the head, give thicker slices, or use a machine with more memory."
-        )
+    path = Path(path)
+    return read_scan(path).grid if path.is_dir() else read_header(path, default_case_id(path)).grid
 
 
 def read_mask(path: Path | str, case_id: str | None = None) -> tuple[NativeMask, NiftiForms]:
@@ -95,28 +100,32 @@ def read_mask(path: Path | str, case_id: str | None = None) -> tuple[NativeMask,
 
 
 def default_case_id(path: Path) -> str:
-    """File name without its NIfTI suffix, or the folder's name."""
-    return path.resolve().name if path.is_dir() else nifti_stem(path)
+    """File name without its suffix (.nii.gz is one), or the folder's name."""
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if is_zip(path) else nifti_stem(path)
 
 
 def find_scans(inputs: Sequence[Path | str]) -> list[CaseRecord]:
     """List the scans in files, folders (searched with their subfolders) and manifests; nothing but headers is read.
 
-    A folder of DICOM files is one case; a series spread over several folders is one case at their common parent. Hidden
-    names are passed over. A scan that comes in twice is listed once. Case ids that collide get the parent folder's name
-    appended, then a number, in the order found.
+    A ZIP file is one case. A folder of DICOM files is one case; folders of one study are one case at their common
+    parent, unless another study lies there too: then each folder is a case. Hidden names are passed over. A scan that
+    comes in twice is listed once. Case ids that collide get the parent folder's name appended, then a number, in the
+    order found.
 
     Args:
-        inputs: NIfTI files, folders, or manifests (.csv). What exists is a path, whatever it contains.
+        inputs: NIfTI files, ZIP files, folders, or manifests (.csv). What exists is a path, whatever it contains.
 
     Raises:
-        ReadError: a path that does not exist or is no scan, or a folder without scans.
+        ReadError: a path that does not exist or is no scan, a folder without scans, or one with a link that leads out
+            of it.
         ManifestError: a manifest that cannot be used.
     """
-    found: dict[Path, CaseRecord] = {}
+    found: dict[tuple[Path, str | None], CaseRecord] = {}
     for given in map(Path, inputs):
         for record in _records_of(given):
-            found.setdefault(record.image.resolve(), record)
+            found.setdefault((record.image.resolve(), record.series), record)
     return _with_unique_ids(list(found.values()))
 
 
@@ -126,37 +135,48 @@ def _records_of(path: Path) -> list[CaseRecord]:
     if path.is_dir():
         scans = _scans_under(path.resolve())
         if not scans:
-            raise ReadError(f"{path}: no NIfTI file and no DICOM series in this folder. Check the path.")
+            raise ReadError(f"{path}: no NIfTI file, no ZIP file and no DICOM series in this folder. Check the path.")
         return [CaseRecord(default_case_id(scan), scan) for scan in scans]
+    if is_dicom_input(path):
+        return [CaseRecord(default_case_id(path), path.resolve())]
     _require_nifti(path, nifti_stem(path))
     return [CaseRecord(nifti_stem(path), path.resolve())]
 
 
 def _scans_under(root: Path) -> list[Path]:
-    """NIfTI files, and folders of DICOM series, sorted by path."""
-    nifti: list[Path] = []
-    folders_of: dict[str, list[Path]] = defaultdict(list)  # by SeriesInstanceUID of the first file
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-        nifti += [file for file in files if is_nifti(file) and not _is_second_of_pair(file)]
-        first = next(
-            (file for file in files if not is_nifti(file) and file.name != "DICOMDIR" and is_dicom(file)), None
-        )
+    """NIfTI files, ZIP files, and folders of DICOM studies, sorted by path."""
+    single: list[Path] = []
+    folders_of: dict[str, list[Path]] = defaultdict(list)  # by StudyInstanceUID of the first file
+    for folder, files in files_under(root, str(root)):
+        single += [file for file in files if is_zip(file) or (is_nifti(file) and not _is_second_of_pair(file))]
+        first = next((file for file in files if not _is_no_slice(file) and is_dicom(file)), None)
         if first:
-            folders_of[_series_uid(first)].append(Path(folder))
-    series = [Path(os.path.commonpath(folders)) for folders in folders_of.values()]
-    return sorted({*nifti, *series})
+            folders_of[_study_uid(first)].append(folder)
+    return sorted({*single, *_common_parents(list(folders_of.values()))})
+
+
+def _common_parents(folders_of_studies: list[list[Path]]) -> Iterator[Path]:
+    """One folder for each study, or all its folders where another study would come with it."""
+    for folders in folders_of_studies:
+        parent = Path(os.path.commonpath(folders))
+        others = (each for group in folders_of_studies if group is not folders for each in group)
+        yield from folders if any(each.is_relative_to(parent) for each in others) else [parent]
+
+
+def _is_no_slice(file: Path) -> bool:
+    """Whether the name says that a file is no slice: a folder of masks holds their SEG and SR as well."""
+    return is_zip(file) or is_nifti(file) or file.name == "DICOMDIR" or file.name.endswith((SEG_SUFFIX, SR_SUFFIX))
 
 
 def _is_second_of_pair(file: Path) -> bool:
     return file.suffix.lower() == ".img" and (file.with_suffix(".hdr").is_file() or file.with_suffix(".HDR").is_file())
 
 
-def _series_uid(file: Path) -> str:
+def _study_uid(file: Path) -> str:
     try:
-        dataset = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
-        return str(dataset.get("SeriesInstanceUID") or file.parent)
+        with pydicom.config.disable_value_validation():  # it would quote values in warnings
+            dataset = pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=["StudyInstanceUID"])
+            return str(dataset.get("StudyInstanceUID") or file.parent)
     except Exception:  # a damaged first file: reading the case will name it
         return str(file.parent)
 
@@ -188,8 +208,8 @@ def _require_nifti(path: Path, case_id: str) -> None:
         raise ReadError(f"{case_id}: {path} does not exist. Check the path.")
     if not is_nifti(path):
         raise ReadError(
-            f"{case_id}: {path.name} is neither NIfTI (.nii, .nii.gz, .hdr, .img) nor a folder. For DICOM give the "
-            "folder of the series."
+            f"{case_id}: {path.name} is neither NIfTI (.nii, .nii.gz, .hdr, .img) nor a folder or ZIP file. For DICOM "
+            "give the folder of the series."
         )
 
 

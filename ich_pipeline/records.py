@@ -1,6 +1,6 @@
 """What travels between the steps: a case, its scan, its mask."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,27 @@ class NiftiForms:
     qform_fields: tuple[float, ...] | None = None
 
 
+@dataclass(frozen=True)
+class SeriesInfo:
+    """The DICOM series that a scan was read from, so that it can be found again.
+
+    Attributes:
+        uid: SeriesInstanceUID.
+        number: SeriesNumber; empty where the header has none.
+        kernel: ConvolutionKernel; empty where the header has none.
+        slices: how many slices the scan has.
+    """
+
+    uid: str
+    number: str
+    kernel: str
+    slices: int
+
+    def columns(self) -> dict[str, str]:
+        """Columns of volumes.csv."""
+        return {f"series_{name}": str(value) for name, value in asdict(self).items()}
+
+
 @dataclass(frozen=True, eq=False)
 class Scan:
     """One head CT on its native grid.
@@ -35,8 +56,8 @@ class Scan:
     Attributes:
         image_hu: (I, J, K) int16 or float32, Hounsfield units.
         forms: how the mask's header is to be written; the affine in `grid` decides geometry.
-        source: the file, or the folder of the DICOM series.
-        series_uid: SeriesInstanceUID that was read, for DICOM.
+        source: the file, or the folder or ZIP file of the DICOM series.
+        series: which one was read, for DICOM.
         flags: short names of things a reader of the result should know; they never change the number.
     """
 
@@ -45,7 +66,7 @@ class Scan:
     grid: Grid
     forms: NiftiForms
     source: Path
-    series_uid: str | None = None
+    series: SeriesInfo | None = None
     flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -77,3 +98,13 @@ class CaseRecord:
     fold: int | None = None
     extra: dict[str, str] = field(default_factory=dict)
     edema: Path | None = None
+
+    @property
+    def series(self) -> str | None:
+        """SeriesInstanceUID or SeriesNumber to read, from a manifest's column `series`; None leaves it to the rules."""
+        return self.extra.get("series") or None
+
+    def item(self) -> dict[str, str]:
+        """The case in a MONAI data list: `image`, and what else there is of `label` and `series`."""
+        others = {"label": self.label and str(self.label), "series": self.series}
+        return {"image": str(self.image)} | {key: value for key, value in others.items() if value}

@@ -25,11 +25,13 @@ class Settings:
         """Part the words; defaults come from `configs/run.yaml`.
 
         Raises:
-            ConfigError: not key=value, or a key given twice.
+            ConfigError: not key=value, a key given twice, or a value that a setting cannot have.
         """
         run = bundles.read_yaml(bundles.resource("configs") / "run.yaml")
         given = bundles.parse_overrides(words)
         own = {key: given.pop(key) for key in list(given) if key in run}
+        if own.get("dicom", "auto") not in ("auto", True, False):
+            raise ConfigError(f"dicom={own['dicom']}: expected auto, true or false")
         return cls({**run, **own}, given)
 
     def each_bundle(self) -> "list[Settings]":

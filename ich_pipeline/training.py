@@ -30,6 +30,7 @@ from ich_pipeline.engines import autocast, pick_device
 from ich_pipeline.errors import ConfigError, IchError, ManifestError
 from ich_pipeline.files import atomic_path, sha256_of, write_json
 from ich_pipeline.manifest import PHANTOM_FILE, read_manifest
+from ich_pipeline.reading import read_grid
 from ich_pipeline.run_report import RunReport
 from ich_pipeline.settings import TRAIN_CONFIGS, Settings
 
@@ -77,7 +78,7 @@ def load_cases(manifest: str | Path | None, fold: int | None = None) -> dict[str
             "each. Start fewer processes or give split=val to more cases."
         )
     return {
-        name: [{"image": str(r.image), "label": str(r.label)} for r in chosen]
+        name: [record.item() for record in chosen]
         for name, chosen in (("train", train), ("val", val[rank() :: n_processes()]))
     }
 
@@ -443,7 +444,8 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
     configs = settings.config(source, *TRAIN_CONFIGS)
     if not configs["train"]["data"]:
         raise ConfigError("training needs data=MANIFEST, a CSV with case_id, image, label and split")
-    load_cases(configs["train"]["data"])
+    cases = load_cases(configs["train"]["data"], configs["train"]["fold"])
+    slices_mm = [read_grid(case["image"]).slice_spacing_mm for case in cases["train"]]
     # Paths are the user's, but the bundle may be moved: they are kept whole.
     for config in configs.values():
         if config.get("data"):
@@ -460,7 +462,11 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
         shutil.copytree(source.path, temporary, ignore=shutil.ignore_patterns("*.pt", "presets", "variants"))
         # Weights made from phantoms say so in every row that they write: on real heads they are far off.
         on_phantoms = Path(configs["train"]["data"]).with_name(PHANTOM_FILE).is_file()
-        made_here = {"weights_sha256": None, "trained_on_phantoms": on_phantoms}
+        made_here = {
+            "weights_sha256": None,
+            "trained_on_phantoms": on_phantoms,
+            "trained_slice_mm": [round(min(slices_mm), 4), round(max(slices_mm), 4)],
+        }
         write_configs(temporary, configs | {"metadata": configs["metadata"] | made_here})
         (temporary / "models").mkdir(exist_ok=True)
 

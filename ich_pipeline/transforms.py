@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from ich_pipeline.errors import GeometryError
 from ich_pipeline.geometry import Affine, Grid, require_same_grid
 from ich_pipeline.reading import read_mask, read_scan
-from ich_pipeline.records import CaseRecord, NiftiForms, Scan
+from ich_pipeline.records import CaseRecord, NiftiForms, Scan, SeriesInfo
 from ich_pipeline.restoring import write_mask
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) for each array axis, in voxels
@@ -47,6 +47,8 @@ LEAST_TISSUE_SHARE = 0.5
 class ReadScand(MapTransform):
     """Read scans with `reading.read_scan`: a path becomes a (1, I, J, K) MetaTensor in HU on the native grid.
 
+    An item `series` beside the image names the DICOM series to read.
+
     Instead of `LoadImaged`, which turns a reader's refusal into text about readers. The metadata carries the affine in
     float64 and the NIfTI forms, so that `NativeMaskWriter` writes a mask with exactly the header of its scan.
 
@@ -59,11 +61,11 @@ class ReadScand(MapTransform):
         """Read the scan of every key."""
         d = dict(data)
         for key in self.key_iterator(d):
-            scan = read_scan(d[key])
+            scan = read_scan(d[key], series=d.get("series"))
             meta = _metadata(scan.grid, scan.forms) | {
                 "filename_or_obj": str(d[key]),
                 "flags": ";".join(scan.flags),
-                "series_uid": scan.series_uid or "",
+                "series": json.dumps(scan.series and asdict(scan.series)),
             }
             d[key] = _tensor(scan.image_hu, meta)
         return d
@@ -121,14 +123,14 @@ def _forms_from(text: str) -> NiftiForms:
 
 def scan_of(image: MetaTensor, case: CaseRecord) -> Scan:
     """The scan behind what `ReadScand` gave: its memory is shared."""
-    meta = image.meta
+    meta, series = image.meta, json.loads(image.meta["series"])
     return Scan(
         case_id=case.case_id,
         image_hu=image.as_tensor()[0].numpy(),
         grid=_grid_of(image.shape[1:], meta["original_affine"], meta),
         forms=_forms_from(meta["forms"]),
         source=case.image,
-        series_uid=meta["series_uid"] or None,
+        series=SeriesInfo(**series) if series else None,
         flags=tuple(flag for flag in meta["flags"].split(";") if flag),
     )
 

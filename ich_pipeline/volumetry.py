@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, replace
 from math import pi
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ich_pipeline.abc2 import Abc2, SliceStack, lesion_box, measure_stack, slice_stack
+from ich_pipeline.abc2 import Abc2, Box, SliceStack, lesion_box, measure_stack, slice_stack
 from ich_pipeline.geometry import Grid, require_same_grid
 from ich_pipeline.labels import Subtype
 from ich_pipeline.records import NativeMask
@@ -222,28 +222,53 @@ def _sphere_radius_mm(volume_ml: float) -> float:
     return float((1000 * volume_ml * 3 / (4 * pi)) ** (1 / 3))
 
 
-def _measure_lesions(stack: SliceStack, whole: Abc2, kinds: NDArray[np.uint8] | None) -> tuple[LesionReport, ...]:
+def label_lesions(mask: NativeMask) -> NDArray[np.uint32]:
+    """(I, J, K) number of the lesion that each voxel belongs to, as in `LesionReport.lesion`; 0 outside."""
+    numbers = np.zeros(mask.grid.shape, np.uint32)
+    box = lesion_box(mask.values)
+    if box is not None:
+        stack = slice_stack(mask, box)
+        inside = np.zeros(stack.values.shape, np.uint32)
+        for rank, lesion in enumerate(_rank_lesions(stack), start=1):
+            inside[lesion.box][lesion.part.values] = rank
+        numbers[box] = inside.transpose(np.argsort(stack.axes))
+    return numbers
+
+
+class _Lesion(NamedTuple):
+    box: Box
+    part: SliceStack
+    volume_ml: float
+    centroid_mm: NDArray[np.float64]
+
+
+def _rank_lesions(stack: SliceStack) -> list[_Lesion]:
     """The 26-connected parts of a stack, largest first."""
     import cc3d  # here, so that tables can be read and written without it
 
     labels = cc3d.connected_components(stack.values, connectivity=26)
     found = cc3d.statistics(labels)
     centroids_mm = stack.to_mm(found["centroids"])
-    # Position breaks ties of volume in patient coordinates, rounded so that arithmetic noise cannot.
-    boxes = found["bounding_boxes"]
-    parts = {n: stack.part(boxes[n], labels[boxes[n]] == n) for n in range(1, len(boxes))}
-    volume_ml = {n: part.ml(part.values) for n, part in parts.items()}
-    order = sorted(parts, key=lambda n: (-round(volume_ml[n], 9), *_down_back_left(centroids_mm[n])))
     lesions = []
-    for rank, n in enumerate(order, start=1):
-        part = parts[n]
-        abc2 = whole if len(order) == 1 else measure_stack(part)
-        subtype_ml = None if kinds is None else _subtype_ml(np.where(part.values, kinds[boxes[n]], 0), part)
-        x_mm, y_mm, z_mm = centroids_mm[n].tolist()
+    for n, box in enumerate(found["bounding_boxes"][1:], start=1):
+        part = stack.part(box, labels[box] == n)
+        lesions.append(_Lesion(box, part, part.ml(part.values), centroids_mm[n]))
+    # Position breaks ties of volume in patient coordinates, rounded so that arithmetic noise cannot.
+    return sorted(lesions, key=lambda lesion: (-round(lesion.volume_ml, 9), *_down_back_left(lesion.centroid_mm)))
+
+
+def _measure_lesions(stack: SliceStack, whole: Abc2, kinds: NDArray[np.uint8] | None) -> tuple[LesionReport, ...]:
+    """Measures of every lesion of a stack, largest first."""
+    lesions = []
+    ranked = _rank_lesions(stack)
+    for rank, (box, part, volume_ml, centroid_mm) in enumerate(ranked, start=1):
+        abc2 = whole if len(ranked) == 1 else measure_stack(part)
+        subtype_ml = None if kinds is None else _subtype_ml(np.where(part.values, kinds[box], 0), part)
+        x_mm, y_mm, z_mm = centroid_mm.tolist()
         lesions.append(
             LesionReport(
                 lesion=rank,
-                volume_ml=volume_ml[n],
+                volume_ml=volume_ml,
                 centroid_r_mm=x_mm,
                 centroid_a_mm=y_mm,
                 centroid_s_mm=z_mm,

@@ -9,15 +9,18 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from ich_pipeline.geometry import Grid
+from ich_pipeline.records import Scan
 
 LPS_RAS = np.array([-1.0, -1.0, 1.0])
 LESION_CENTRE_MM = np.array([-25.0, 20.0, 8.0])
 LESION_RADIUS_MM = 15.0
+BRAIN_ML = 4 / 3 * np.pi * 0.9**3 * 70 * 88 * 75 / 1000  # what lies inside the skull
 
 
 def head_hu(points_ras_mm: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -32,7 +35,7 @@ def head_hu(points_ras_mm: NDArray[np.float64]) -> NDArray[np.float64]:
 def grid_points(grid: Grid) -> NDArray[np.float64]:
     """(I, J, K, 3) world position of every voxel."""
     index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), axis=-1)
-    return index @ grid.affine[:3, :3].T + grid.affine[:3, 3]
+    return grid.to_mm(index)
 
 
 def centred(matrix: Any, shape: Sequence[int]) -> NDArray[np.float64]:
@@ -131,6 +134,7 @@ def ct_slices(
         meta = FileMetaDataset()
         meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = CTImageStorage, ExplicitVRLittleEndian
         meta.MediaStorageSOPInstanceUID = generate_uid()
+        meta.FileMetaInformationGroupLength = 0  # counted when it is written
         d = FileDataset(f"{number}.dcm", {}, file_meta=meta, preamble=bytes(128))
         d.SOPClassUID, d.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
         d.StudyInstanceUID, d.SeriesInstanceUID, d.FrameOfReferenceUID = study, series, frame
@@ -153,8 +157,16 @@ def save_series(datasets: Iterable[FileDataset], folder: Path) -> Path:
     """Write each dataset to <folder>/<its file name>."""
     folder.mkdir(parents=True, exist_ok=True)
     for dataset in datasets:
-        dataset.save_as(folder / Path(str(dataset.filename)).name)
+        if pydicom.__version__ < "3":  # which does not take the encoding from the transfer syntax
+            syntax = dataset.file_meta.TransferSyntaxUID
+            dataset.is_little_endian, dataset.is_implicit_VR = syntax.is_little_endian, syntax.is_implicit_VR
+        pydicom.dcmwrite(folder / Path(str(dataset.filename)).name, dataset)
     return folder
+
+
+def brain_ml(scan: Scan) -> float:
+    """Volume of what is neither air nor bone, to be compared with BRAIN_ML."""
+    return scan.grid.foreground_ml((scan.image_hu > 0) & (scan.image_hu < 100))
 
 
 def head_series(tilt_deg: float = 0, steps_mm: Iterable[float] = (11.0,) * 13) -> list[FileDataset]:

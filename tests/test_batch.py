@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +18,15 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+from dicom_cases import INVALID, VALID
 from heads import bleeding_head, oracle_bundle, save_nifti, write_heads
 
-from ich_pipeline import batch, cli, commands, reading
+from ich_pipeline import batch, cli, commands
 from ich_pipeline.batch import run_batch
 from ich_pipeline.errors import ConfigError, ReadError, reason
 from ich_pipeline.geometry import Grid
 from ich_pipeline.inference import Segmenter
+from ich_pipeline.memory import BYTES_PER_VOXEL
 from ich_pipeline.nifti import nifti_stem
 from ich_pipeline.pipeline import Pipeline
 from ich_pipeline.reading import find_scans
@@ -63,6 +66,30 @@ def run(scans: Path, out: Path, segmenter: Segmenter, **changes):
 def table(path: Path) -> list[dict[str, str]]:
     with path.open() as stream:
         return list(csv.DictReader(stream))
+
+
+def test_the_series_that_was_read_stands_in_the_row(tmp_path, segmenter, scans):
+    both = tmp_path / "in"
+    VALID["bone_kernel_beside"](both / "study")
+    INVALID["cut_off_pixels"][0](both / "cut")
+    shutil.copy(next(scans.iterdir()), both / "nifti.nii.gz")
+    shutil.make_archive(str(both / "packed"), "zip", both / "study")
+    run(both, tmp_path / "out", segmenter)
+    rows = {row["case_id"]: row for row in table(tmp_path / "out" / "volumes.csv")}
+    assert {case_id: row["status"] for case_id, row in rows.items()} == {
+        "cut": "failed",
+        "nifti": "ok",
+        "packed": "ok",
+        "study": "ok",
+    }
+    series = {
+        case_id: [row[f"series_{name}"] for name in ("number", "kernel", "slices")] for case_id, row in rows.items()
+    }
+    assert series["study"] == series["packed"] == ["2", "STD", "14"]
+    assert series["nifti"] == series["cut"] == ["", "", ""]
+    assert rows["study"]["series_uid"] == rows["packed"]["series_uid"] != ""
+    assert rows["packed"]["image"] == "../in/packed.zip"
+    assert read_rows(tmp_path / "out" / "volumes.csv")[-1].extra["series_number"] == "2"
 
 
 class Broken(Segmenter):
@@ -156,7 +183,7 @@ def test_a_scan_too_large_for_the_memory_fails_alone(segmenter, tmp_path, monkey
     write_heads(tmp_path / "scans", 2)
     large = nib.Nifti1Image(np.zeros((400, 400, 10), np.int16), np.diag([0.5, 0.5, 5, 1]))
     nib.save(large, tmp_path / "scans" / "head0_large.nii.gz")
-    free = SimpleNamespace(available=reading.BYTES_PER_VOXEL * 400 * 400 * 9)
+    free = SimpleNamespace(available=BYTES_PER_VOXEL * 400 * 400 * 9)
     monkeypatch.setattr("psutil.virtual_memory", lambda: free)
     rows, _, _ = run(tmp_path / "scans", tmp_path, segmenter)
     assert [row.status for row in rows] == ["ok", "failed", "ok"]

@@ -64,8 +64,10 @@ def parse(line: str) -> None:
     own = {key: given.pop(key) for key in list(given) if key in defaults}
     bundle = str(own.get("bundle", "cascade3d"))
     # A trained bundle's folder, or a registered model, has the keys of the bundle it is named after.
-    named = next((each for each in bundles.all_bundles() if each in bundle), bundle)
-    bundles.resolve(bundles.find_bundle(named), CONFIGS, given, own.get("preset"))
+    named = next((each for each in bundles.all_bundles() if each in re.split("[/@]", bundle)), bundle)
+    found = bundles.find_bundle(named)
+    # One that needs no weights has no configs of training.
+    bundles.resolve(found, [each for each in CONFIGS if each in found.config_names], given, own.get("preset"))
 
 
 @pytest.mark.parametrize(("where", "line"), sorted(set(written_commands())))

@@ -64,7 +64,8 @@ class TestRefusals:
             Grid(shape, np.eye(4))
 
     @pytest.mark.parametrize(
-        ("spacing", "match"), [(1e-3, "voxel volume"), (50.0, "voxel volume"), (0.4, "field of view")]
+        ("spacing", "match"),
+        [(1e-3, "voxel volume"), (50.0, "voxel volume"), (0.4, "field of view"), (6.1, "field of view")],
     )
     def test_implausible(self, spacing, match):
         with pytest.raises(GeometryError, match=rf"case: {match}"):
@@ -72,6 +73,7 @@ class TestRefusals:
 
     def test_plausible(self):
         make_grid((512, 512, 30), (0.45, 0.45, 5)).check_plausible("case")
+        make_grid((500, 500, 100), (1.2, 1.2, 6)).check_plausible("case")
         make_grid((256, 256, 2), (0.9, 0.9, 5)).check_plausible("case")  # two slices are thin, not implausible
 
 

@@ -28,10 +28,10 @@ import ich_pipeline
 ROOT = Path(__file__).parent.parent
 RESOURCES = ("bundles", "configs", "data_manifests")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-HEAVY = {"torch", "monai", "ignite", "mlflow", "matplotlib", "scipy"}
+HEAVY = {"torch", "monai", "ignite", "mlflow", "matplotlib", "scipy", "highdicom"}
 LIGHT = ("cli", "bundles", "manifest", "errors", "labels", "files", "commands")
 # Dependencies that no line of the package imports; pyproject.toml says why each is there.
-NOT_IMPORTED = {"fire", "nvidia-ml-py"}
+NOT_IMPORTED = {"fire", "nvidia-ml-py", "python-gdcm"}
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

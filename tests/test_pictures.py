@@ -52,6 +52,16 @@ def test_every_order_of_storage_gives_the_same_picture() -> None:
         assert np.mean(np.abs(found - expected) > 40) < 0.01
 
 
+def test_flags_have_a_line_of_their_own() -> None:
+    plain = np.asarray(draw(HEAD_HU, BLEED).convert("L"))
+    flagged = np.asarray(draw(HEAD_HU, BLEED, flags=["gantry_tilt", "padding"]).convert("L"))
+    line_px = len(flagged) - len(plain)
+    assert 15 < line_px < 30
+    np.testing.assert_array_equal(flagged[CAPTION_PX + line_px :], plain[CAPTION_PX:])
+    assert flagged[CAPTION_PX - 10 : CAPTION_PX + line_px - 10].max() > 100
+    assert not plain[CAPTION_PX - 10 : CAPTION_PX].any()
+
+
 def test_right_is_left_and_front_is_up() -> None:
     picture = draw(HEAD_HU, empty(GRID), tiles=(1, 1))
     tile = np.asarray(picture.convert("L"))[CAPTION_PX:]

@@ -6,12 +6,16 @@ import shutil
 import numpy as np
 import pydicom
 import pytest
-from pydicom.uid import JPEG2000, RLELossless, generate_uid
+from pydicom.uid import generate_uid
 from scan_files import LPS_RAS, ct_slices, grid_points, head_hu, head_series, save_series, slice_positions
 
-from ich_pipeline.dicom import describe_steps, series_grid
+from ich_pipeline.dicom import series_grid
+from ich_pipeline.dicom.stack import describe_steps
 from ich_pipeline.errors import GeometryError, IchError, ReadError
-from ich_pipeline.reading import read_scan
+from ich_pipeline.reading import read_mask, read_scan
+from ich_pipeline.records import NativeMask
+from ich_pipeline.restoring import write_mask
+from ich_pipeline.volumetry import measure
 
 
 def assert_is_head(scan):
@@ -80,32 +84,35 @@ def test_jitter_of_positions_is_no_unevenness(tmp_path):
 
 
 class TestSteps:
-    """No single affine, no reading: the steps are named."""
+    """Even steps make an affine, uneven ones a grid that knows its slices; what is missing is named."""
 
     @pytest.mark.parametrize("tilt_deg", [0, 15])
     def test_two_zones(self, tmp_path, tilt_deg):
         steps = [4.002] * 9 + [1.081] + [6.999] * 13
-        folder = save_series(head_series(tilt_deg, steps), tmp_path / "x")
-        with pytest.raises(ReadError, match=r"x: .*9 x 4\.002, 1 x 1\.081, 13 x 6\.999 mm.*no single affine.*split it"):
-            read_scan(folder)
+        scan = read_scan(save_series(head_series(tilt_deg, steps), tmp_path / "x"))
+        assert "uneven_slices" in scan.flags
+        heights_mm = scan.grid.slice_positions * scan.grid.slice_spacing_mm
+        assert np.diff(heights_mm) == pytest.approx(steps)
+        assert scan.grid.tilt_deg == pytest.approx(tilt_deg, abs=0.01)
 
     def test_missing_slice(self, tmp_path, series):
-        with pytest.raises(ReadError, match=r"5 x 11\.000, 1 x 22\.000, 6 x 11\.000 mm.*1 gap\(s\) look like missing"):
+        with pytest.raises(
+            ReadError, match=r"missing at 1 gap\(s\): 22\.000 mm.*5 x 11\.000, 1 x 22\.000, 6 x 11\.000 mm"
+        ):
             read_scan(save_series(series[:6] + series[7:], tmp_path / "x"))
 
     @pytest.mark.parametrize(("deviation_mm", "ok"), [(0.1, True), (0.12, False)])
     def test_tolerance_of_one_percent(self, tmp_path, deviation_mm, ok):
         folder = save_series(head_series(0, [11.0] * 12 + [11 + deviation_mm]), tmp_path / "x")
         if ok:
-            read_scan(folder)
+            assert read_scan(folder).grid.slice_positions is None
         else:
-            with pytest.raises(ReadError, match="slices lie unevenly"):
-                read_scan(folder)
+            assert read_scan(folder).flags == ("uneven_slices",)
 
     def test_table_that_moves_sideways(self, tmp_path, series):
         for dataset in series[7:]:
             dataset.ImagePositionPatient[0] += 3
-        with pytest.raises(ReadError, match=r"shift sideways unevenly, by 3\.000 mm"):
+        with pytest.raises(ReadError, match=r"slices lie up to 1\.385 mm beside the line from first to last"):
             read_scan(save_series(series, tmp_path / "x"))
 
     def test_description_counts_runs(self):
@@ -138,7 +145,9 @@ class TestDuplicates:
         twin = self.twin(series[5])
         twin.AcquisitionNumber = 2
         twin.PixelData = (twin.pixel_array + 40).tobytes()
-        with pytest.raises(ReadError, match=r"two different slices at .*\(acquisition numbers: 1, 2\)"):
+        with pytest.raises(
+            ReadError, match=r"2 different slices at .*acquisition numbers: 1 \(14 slices\), 2 \(1 slices\)"
+        ):
             read_scan(save_series([*series, twin], tmp_path / "x"))
 
 
@@ -160,21 +169,12 @@ class TestSeries:
         capture = self.changed(series[2:3], SOPClassUID="1.2.840.10008.5.1.4.1.1.7", SeriesInstanceUID=generate_uid())
         capture[0].filename, capture[0].NumberOfFrames = "capture.dcm", 3
         scan = read_scan(save_series([*series, *localizer, *capture], tmp_path / "x"))
-        assert scan.series_uid == series[0].SeriesInstanceUID
+        assert scan.series.uid == series[0].SeriesInstanceUID
         assert_is_head(scan)
-
-    def test_several_series_are_listed(self, tmp_path, series):
-        bone = self.changed(series, SeriesInstanceUID=generate_uid(), ConvolutionKernel="BONE", SeriesNumber=3)
-        folder = save_series([*series, *bone], tmp_path / "x")
-        with pytest.raises(
-            ReadError, match=r"2 CT series.*number 2, 14 files, kernel STD.*kernel BONE.*folder of its own"
-        ) as e:
-            read_scan(folder)
-        assert bone[0].SeriesInstanceUID in str(e.value)
 
     def test_two_studies_are_never_one_series(self, tmp_path, series):
         other = self.changed(series, StudyInstanceUID=generate_uid())
-        with pytest.raises(ReadError, match="2 CT series"):
+        with pytest.raises(ReadError, match="2 studies"):
             read_scan(save_series([*series, *other], tmp_path / "x"))
 
     def test_thickness_does_not_split_a_series(self, tmp_path, series):
@@ -185,7 +185,7 @@ class TestSeries:
     def test_primary_images_come_before_derived_ones(self, tmp_path, series):
         derived = self.changed(series, SeriesInstanceUID=generate_uid(), ImageType=["DERIVED", "SECONDARY", "AXIAL"])
         scan = read_scan(save_series([*derived, *series], tmp_path / "x"))
-        assert (scan.series_uid, scan.flags) == (series[0].SeriesInstanceUID, ())
+        assert (scan.series.uid, scan.flags) == (series[0].SeriesInstanceUID, ())
 
     def test_derived_images_alone_are_read_and_flagged(self, tmp_path, series):
         derived = self.changed(series, ImageType=["DERIVED", "SECONDARY", "AXIAL"])
@@ -206,23 +206,11 @@ class TestSeries:
 
     def test_no_ct_image(self, tmp_path, series):
         folder = save_series(self.changed(series, SOPClassUID="1.2.840.10008.5.1.4.1.1.4"), tmp_path / "x")
-        with pytest.raises(ReadError, match="holds 14 x MR Image Storage, expected one series of CT"):
+        with pytest.raises(ReadError, match="holds 14 x MR Image Storage, expected a series of CT"):
             read_scan(folder)
         (tmp_path / "empty").mkdir()
         with pytest.raises(ReadError, match="holds no DICOM file"):
             read_scan(tmp_path / "empty")
-
-    @pytest.mark.parametrize(
-        ("values", "name"),
-        [
-            ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2.1"}, "Enhanced CT Image Storage"),
-            ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2.2"}, "Legacy Converted Enhanced CT"),
-            ({"NumberOfFrames": 14}, "multi-frame CT image"),
-        ],
-    )
-    def test_multi_frame_is_refused_by_name(self, tmp_path, series, values, name):
-        with pytest.raises(ReadError, match=name):
-            read_scan(save_series(self.changed(series[:1], **values), tmp_path / "x"))
 
 
 class TestHeaders:
@@ -422,19 +410,6 @@ class TestPixels:
         with pytest.raises(ReadError, match="x: values run from 24"):
             read_scan(save_series(series, tmp_path / "x"))
 
-    def test_run_length_compression(self, tmp_path, series):
-        for dataset in series:
-            dataset.compress(RLELossless, generate_instance_uid=False)
-        assert_is_head(read_scan(save_series(series, tmp_path / "x")))
-
-    def test_syntax_that_cannot_be_decoded_is_named(self, tmp_path, series):
-        series[0].compress(RLELossless, generate_instance_uid=False)
-        series[0].file_meta.TransferSyntaxUID = JPEG2000
-        with pytest.raises(
-            ReadError, match=r"0\.dcm cannot be decoded \(transfer syntax JPEG 2000 Image Compression\)"
-        ):
-            read_scan(save_series(series, tmp_path / "x"))
-
     def test_cut_off_pixels(self, tmp_path, series):
         folder = save_series(series, tmp_path / "x")
         path = folder / "3.dcm"
@@ -460,11 +435,7 @@ def ge_lower_half(real_data, tmp_path):
 
 @pytest.mark.realdata
 class TestRealSeries:
-    """A GE head at 18.5 degrees: even steps are read, two slice distances are refused."""
-
-    def test_uneven_series_is_refused_with_its_steps(self, real_data):
-        with pytest.raises(ReadError, match=r"13 x 4\.002, 1 x 1\.081, 13 x 6\.999 mm"):
-            read_scan(real_data / "ge_head_dicom")
+    """A GE head at 18.5 degrees: 13 steps of 4 mm, one of 1.08, 13 of 7."""
 
     def test_tilt_and_values(self, ge_lower_half):
         scan = read_scan(ge_lower_half)
@@ -476,18 +447,29 @@ class TestRealSeries:
             stored = pydicom.dcmread(ge_lower_half / f"{number:02}.dcm").pixel_array
             np.testing.assert_array_equal(scan.image_hu[:, :, k].T, np.where(stored == -1500, -1024, stored))
 
-    def test_sphere_of_30_ml(self, ge_lower_half):
-        """Drawn slice by slice with each slice's own position; truth is the sum of area x step along the normal."""
+    def test_places_of_the_slices(self, real_data):
+        scan = read_scan(real_data / "ge_head_dicom")
+        assert set(scan.flags) == {"padding", "gantry_tilt", "uneven_slices"}
+        heights_mm = scan.grid.slice_positions * scan.grid.slice_spacing_mm
+        assert describe_steps(heights_mm) == "13 x 4.002, 1 x 1.081, 13 x 6.999 mm"
+        for k, number in ((0, 1), (13, 14), (27, 28)):  # positions rise with the file names here
+            header = pydicom.dcmread(real_data / "ge_head_dicom" / f"{number:02}.dcm", stop_before_pixels=True)
+            expected_mm = np.array(header.ImagePositionPatient, float) * LPS_RAS
+            assert scan.grid.to_mm(np.array([0, 0, k])) == pytest.approx(expected_mm, abs=0.01)
+
+    @pytest.mark.parametrize("slice_number", [6, 13, 14, 21], ids=["4 mm", "step", "overlap", "7 mm"])
+    def test_sphere_of_30_ml(self, real_data, tmp_path, slice_number):
+        """Drawn slice by slice with each slice's own position; truth is the sum of area x extent along the normal."""
         radius_mm = (30_000 * 3 / (4 * np.pi)) ** (1 / 3)
-        datasets = [pydicom.dcmread(path) for path in sorted(ge_lower_half.iterdir())]
-        middle = datasets[6]
+        datasets = [pydicom.dcmread(path) for path in sorted((real_data / "ge_head_dicom").glob("*.dcm"))]
+        middle = datasets[slice_number]
         row, column = np.reshape(np.array(middle.ImageOrientationPatient, float), (2, 3))
         spacing = float(middle.PixelSpacing[0])
         centre_lps = np.array(middle.ImagePositionPatient, float) + 256 * spacing * (row + column)
         normal = np.cross(row, column)
         r, c = np.mgrid[:512, :512][..., None]
         area_mm2 = []
-        for dataset in datasets:
+        for n, dataset in enumerate(datasets):
             corner = np.array(dataset.ImagePositionPatient, float)
             points = corner + c * spacing * row + r * spacing * column
             inside = np.linalg.norm(points - centre_lps, axis=-1) < radius_mm
@@ -495,17 +477,20 @@ class TestRealSeries:
             pixels[inside] = 1234
             pixels[~inside & (pixels == 1234)] = 1233
             dataset.PixelData = pixels.tobytes()
-            dataset.save_as(dataset.filename)
+            dataset.save_as(tmp_path / f"{n}.dcm")
             area_mm2.append(inside.sum() * spacing**2)
         positions_mm = np.array([np.dot(d.ImagePositionPatient, normal) for d in datasets])
         truth_ml = (np.array(area_mm2) * np.gradient(positions_mm)).sum() / 1000
 
-        scan = read_scan(ge_lower_half)
-        sphere = scan.image_hu == 1234
-        volume_ml = sphere.sum() * scan.grid.voxel_volume_mm3 / 1000
-        assert volume_ml == pytest.approx(truth_ml, rel=1e-3)
-        assert volume_ml == pytest.approx(30.0, rel=0.01)
-        centroid_ras = scan.grid.affine[:3, :3] @ np.argwhere(sphere).mean(axis=0) + scan.grid.affine[:3, 3]
-        assert np.linalg.norm(centroid_ras - centre_lps * LPS_RAS) < 0.2
-        # What multiplying spacings would have said.
-        assert sphere.sum() * np.prod(scan.grid.edge_mm) / 1000 > 1.05 * truth_ml
+        scan = read_scan(tmp_path, "ge")
+        sphere = (scan.image_hu == 1234).astype(np.uint8)
+        report = measure("ge", NativeMask(sphere, scan.grid))
+        assert report.volume_ml == pytest.approx(truth_ml, rel=1e-3)
+        assert report.volume_ml == pytest.approx(30.0, rel=0.01)
+        # What one affine and multiplied spacings would have said.
+        naive_ml = sphere.sum() * np.prod(scan.grid.edge_mm) / 1000
+        assert abs(naive_ml / truth_ml - 1) > 0.05
+        # The file that is written measures the same.
+        write_mask(tmp_path / "mask.nii.gz", sphere, scan.grid, scan.forms)
+        again, _ = read_mask(tmp_path / "mask.nii.gz")
+        assert measure("ge", again).volume_ml == pytest.approx(report.volume_ml, rel=1e-5)

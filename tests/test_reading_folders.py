@@ -102,7 +102,7 @@ def test_nothing_there(tmp_path):
         find_scans([tmp_path / "nowhere"])
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "short").write_bytes(b"")
-    with pytest.raises(ReadError, match=r"no NIfTI file and no DICOM series"):
+    with pytest.raises(ReadError, match=r"no NIfTI file, no ZIP file and no DICOM series"):
         find_scans([tmp_path / "empty"])
     (tmp_path / "x.txt").write_text("x")
     with pytest.raises(ReadError, match="neither NIfTI"):
@@ -113,3 +113,64 @@ def test_one_dicom_file_is_not_a_scan(tmp_path):
     folder = save_series(head_series(), tmp_path / "x")
     with pytest.raises(ReadError, match="give the folder of the series"):
         read_scan(folder / "0.dcm")
+
+
+class TestStudies:
+    """Folders of one study are one case, so that one series is chosen among all of them."""
+
+    def series(self, study_of=None):
+        datasets = head_series()
+        for dataset in datasets if study_of else ():
+            dataset.StudyInstanceUID = study_of[0].StudyInstanceUID
+        return datasets
+
+    def test_series_in_folders_of_their_own(self, tmp_path):
+        soft = self.series()
+        bone, localizer = self.series(soft), self.series(soft)[:2]
+        for dataset in bone:
+            dataset.ConvolutionKernel = "H60s"
+        for dataset in localizer:
+            dataset.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+        save_series(localizer, tmp_path / "tree" / "p1" / "SE1")
+        save_series(bone, tmp_path / "tree" / "p1" / "SE2")
+        save_series(soft, tmp_path / "tree" / "p1" / "SE3")
+        save_series(head_series(), tmp_path / "tree" / "p2" / "SE1")
+        assert found(tmp_path / "tree") == [("p1", tmp_path / "tree" / "p1"), ("SE1", tmp_path / "tree" / "p2" / "SE1")]
+        assert read_scan(tmp_path / "tree" / "p1").series.uid == soft[0].SeriesInstanceUID
+
+    def test_folders_of_two_studies_side_by_side_are_cases_of_their_own(self, tmp_path):
+        first = self.series()
+        save_series(first, tmp_path / "x" / "a")
+        save_series(self.series(first), tmp_path / "x" / "b")
+        save_series(self.series(), tmp_path / "x" / "c")
+        assert [case_id for case_id, _ in found(tmp_path / "x")] == ["a", "b", "c"]
+
+
+class TestLinks:
+    """What lies outside the folder that was given is not read."""
+
+    @pytest.fixture
+    def outside(self, tmp_path, nifti):
+        nifti("outside/secret.nii.gz")
+        return save_series(head_series(), tmp_path / "outside" / "series")
+
+    @pytest.mark.parametrize("target", ["secret.nii.gz", "series", "series/0.dcm", "nowhere"])
+    def test_a_link_out_of_the_folder_is_refused(self, tmp_path, outside, target):
+        inside = save_series(head_series(), tmp_path / "inside")
+        (inside / "link").symlink_to(tmp_path / "outside" / target)
+        with pytest.raises(ReadError, match="link is a link that leads out of inside"):
+            find_scans([inside])
+        with pytest.raises(ReadError, match="inside: link is a link that leads out of inside"):
+            read_scan(inside)
+
+    def test_links_inside_the_folder_change_nothing(self, tmp_path):
+        inside = save_series(head_series(), tmp_path / "inside" / "series").parent
+        (inside / "folder").symlink_to("series")
+        (inside / "loop").symlink_to("loop")
+        assert found(inside) == [("series", inside / "series")]
+        assert read_scan(inside).flags == ()
+
+    def test_a_folder_that_is_given_may_be_a_link(self, tmp_path, outside):
+        (tmp_path / "link").symlink_to(outside)
+        assert found(tmp_path / "link") == [("series", outside)]
+        assert read_scan(tmp_path / "link").case_id == "series"

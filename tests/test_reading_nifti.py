@@ -1,11 +1,14 @@
 """NIfTI in: the right affine, the right numbers, and a refusal by name for what leaves either open."""
 
 import gzip
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
 import pytest
 from scan_files import GANTRY_TILT, MATRICES, SHAPE, SPACING, centred, grid_points, head_hu, nifti_image, rotation, save
+from shapes import make_grid
 
 from ich_pipeline.errors import GeometryError, IchError, ReadError
 from ich_pipeline.geometry import Grid
@@ -201,6 +204,10 @@ class TestForms:
         with pytest.raises(ReadError, match="qform cannot be used"):
             read_scan(path)
 
+    def test_qform_that_is_not_finite_is_refused_beside_an_sform(self, tmp_path):
+        with pytest.raises(GeometryError, match=r"x: affine is not a finite"):
+            read_scan(save(nifti_image(), tmp_path / "x.nii", qform_code=1, qoffset_y=np.inf))
+
     @pytest.mark.parametrize("value", [np.nan, np.inf])
     def test_affine_that_is_not_finite_is_refused(self, tmp_path, value):
         with pytest.raises(GeometryError, match=r"x: affine is not a finite"):
@@ -240,7 +247,12 @@ def test_colour_complex_and_unknown_types_are_refused(tmp_path, datatype):
     [
         ({"xyzt_units": 5}, "unit code 5"),
         ({"scl_slope": 1.0, "scl_inter": np.nan}, "scl_inter"),
-        ({"vox_offset": 100.0}, "inside the header"),
+        ({"vox_offset": 100.0}, "expected 348 or later"),
+        ({"vox_offset": 352.5}, "expected 348 or later"),
+        ({"vox_offset": np.inf}, "expected 348 or later"),
+        ({"vox_offset": np.nan}, "expected 348 or later"),
+        ({"vox_offset": 1e18}, "holds only 70752 bytes"),
+        ({"scl_slope": np.inf}, "scl_slope"),
         ({"magic": b""}, "ANALYZE"),
         ({"sizeof_hdr": 12}, "not a NIfTI file"),
         ({"dim": [3, 30000, 30000, 30000, 1, 1, 1, 1]}, f"at most {MAX_VOXELS}"),
@@ -308,8 +320,28 @@ class TestDamage:
         with pytest.raises(ReadError, match="goes on after"):
             self.read(tmp_path, gzip.compress(plain + bytes(10**7)))
 
+    def test_bomb_takes_no_memory(self, tmp_path, plain):
+        # 1 GB of zeros in 1 MB, and a header that says 70 kB.
+        path = tmp_path / "x.nii.gz"
+        zeros = bytes(1 << 24)
+        with gzip.open(path, "wb", 1) as stream:
+            stream.write(plain)
+            for _ in range(64):
+                stream.write(zeros)
+        read = (
+            "import resource, sys; from ich_pipeline.reading import read_scan\n"
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "try: read_scan(sys.argv[1])\n"
+            "except Exception as error: print(type(error).__name__, end=' ')\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        )
+        done = subprocess.run([sys.executable, "-c", read, path], capture_output=True, text=True, check=True)
+        error, more = done.stdout.split()
+        assert error == "ReadError"
+        assert int(more) / (1024 if sys.platform == "linux" else 1024**2) < 50  # MiB
+
     def test_few_bytes_cannot_hold_many_voxels(self, tmp_path):
-        path = save(nifti_image(), tmp_path / "x.nii", dim=(3, 20000), srow_z=(2, 0.05), pixdim=(3, 0.05))
+        path = save(nifti_image(), tmp_path / "x.nii", dim=(3, 20000), srow_z=(2, 0.025), pixdim=(3, 0.025))
         with pytest.raises(ReadError, match="too few for the"):
             self.read(tmp_path, gzip.compress(path.read_bytes()[:2000]))
 
@@ -424,6 +456,50 @@ class TestHounsfield:
 
         with pytest.raises(ReadError, match="voxels are NaN"):
             self.read(tmp_path, spoil)
+
+
+class TestNoHead:
+    """In HU and still no head: refused with what was found and expected."""
+
+    GRID = make_grid((100, 100, 40), (4.0, 4.0, 5.0))
+
+    def read(self, tmp_path, image_hu, grid=GRID):
+        image = nib.Nifti1Image(image_hu.astype(np.int16), grid.affine)
+        image.header.set_xyzt_units("mm")
+        return read_scan(save(image, tmp_path / "x.nii"))
+
+    def cylinder(self, semi_axes_mm):
+        x, y, _ = np.moveaxis(grid_points(self.GRID), -1, 0)
+        return (x / semi_axes_mm[0]) ** 2 + (y / semi_axes_mm[1]) ** 2
+
+    def test_air(self, tmp_path):
+        noise = np.random.default_rng(0).normal(-1000, 20, self.GRID.shape)
+        with pytest.raises(ReadError, match=r"values run from -1.* expected HU of a head CT"):
+            self.read(tmp_path, noise)
+
+    def test_water_cylinder(self, tmp_path):
+        water = np.where(self.cylinder((100, 100)) < 1, 2, -1000)
+        with pytest.raises(ReadError, match="values run from -1000 to 2; expected HU of a head CT"):
+            self.read(tmp_path, water)
+        water[50, 50] = 900  # a rod
+        with pytest.raises(ReadError, match=r"x: bone .* is 0\.1% of what is not air, expected at least 2%"):
+            self.read(tmp_path, water)
+
+    @pytest.mark.parametrize(("semi_axes_mm", "ok"), [((75, 100), True), ((160, 110), False)], ids=["head", "trunk"])
+    def test_size(self, tmp_path, semi_axes_mm, ok):
+        radius = self.cylinder(semi_axes_mm)
+        image_hu = np.select([radius < 0.85, radius < 1], [45, 400], -1000)
+        if ok:
+            self.read(tmp_path, image_hu)
+        else:
+            with pytest.raises(ReadError, match=r"the median slice shows 55\d cm2 .* expected at most 500"):
+                self.read(tmp_path, image_hu)
+
+    def test_shoulders_in_less_than_half_of_the_slices(self, tmp_path):
+        head, trunk = self.cylinder((75, 100)), self.cylinder((180, 110))
+        image_hu = np.select([head < 0.85, head < 1], [45, 400], -1000)
+        image_hu[..., :15] = np.select([trunk < 0.85, trunk < 1], [45, 400], -1000)[..., :15]
+        self.read(tmp_path, image_hu)
 
 
 class TestMask:

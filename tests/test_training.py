@@ -103,6 +103,7 @@ def test_a_run_leaves_a_bundle_with_its_settings_and_best_weights(undisturbed: P
     assert bundle.weights is not None
     assert bundle.metadata["weights_sha256"] == sha256_of(bundle.weights)
     assert bundle.metadata["trained_on_phantoms"] is False  # tests/test_demo.py has the other case
+    assert bundle.metadata["trained_slice_mm"] == [11.0, 11.0]
     config = bundle.config("train")
     assert (config["seed"], config["data"], config["filters"]) == (7, str(cases), [4, 4, 4, 4])
     assert bundle.config("inference")["filters"] == [4, 4, 4, 4]

@@ -11,7 +11,7 @@ from ich_pipeline.abc2 import measure_abc2
 from ich_pipeline.errors import GeometryError
 from ich_pipeline.labels import Subtype
 from ich_pipeline.records import NativeMask
-from ich_pipeline.volumetry import VolumeReport, measure, with_probability_band
+from ich_pipeline.volumetry import VolumeReport, label_lesions, measure, with_probability_band
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "PIR"])
@@ -324,3 +324,26 @@ class TestSubtypesAndEdema:
             measure("case", mask, edema=empty(make_grid((40, 40, 10), (0.5, 0.5, 4))))
         with pytest.raises(TypeError, match="edema of float32"):
             measure("case", mask, edema=NativeMask(np.zeros(self.GRID.shape, np.float32), self.GRID))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_labels_are_the_lesions_of_the_report(seed):
+    """In any order of storage, each number marks the voxels that the lesion of this number was measured on."""
+    mask = reorient(random_blob(seed), ORDERS[seed * 4])
+    labels = label_lesions(mask)
+    lesions = measure("blob", mask).lesions
+    np.testing.assert_array_equal(labels > 0, mask.values)
+    assert labels.max() == len(lesions)
+    for lesion in lesions:
+        voxels = np.argwhere(labels == lesion.lesion)
+        assert lesion.volume_ml == pytest.approx(len(voxels) * mask.grid.voxel_volume_mm3 / 1000)
+        centroid_mm = mask.grid.affine[:3, :3] @ voxels.mean(axis=0) + mask.grid.affine[:3, 3]
+        assert (lesion.centroid_r_mm, lesion.centroid_a_mm, lesion.centroid_s_mm) == pytest.approx(
+            centroid_mm, abs=1e-3
+        )
+
+
+def test_an_empty_mask_has_no_labels():
+    mask = empty(make_grid((4, 5, 6), (1.0, 1.0, 5.0)))
+    assert label_lesions(mask).shape == (4, 5, 6)
+    assert not label_lesions(mask).any()
