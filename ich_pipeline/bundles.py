@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
+from importlib import metadata as installed
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,13 @@ class Bundle:
         """False for a bundle that has none by design: its metadata say `"needs_weights": false`."""
         return bool(self.metadata.get("needs_weights", True))
 
+    @property
+    def missing_packages(self) -> list[str]:
+        """What its metadata require and is not installed, as pip takes it: `name>=version`."""
+        required = self.metadata.get("required_packages_version", {})
+        own = PACKAGE.name
+        return [f"{name}>={v}" for name, v in required.items() if name != own and not _is_installed(name)]
+
     def config(self, name: str) -> Config:
         """`configs/<name>.yaml` as written, or the metadata."""
         return self.metadata if name == "metadata" else read_yaml(self.path / "configs" / f"{name}.yaml")
@@ -91,11 +100,21 @@ class Bundle:
             "version": meta["version"],
             "weights": meta.get("weights_sha256") if self.weights else None,
             "needs_weights": self.needs_weights,
+            "missing_packages": self.missing_packages,
             "description": meta["description"],
             "path": str(self.path),
             "presets": list(self.overlays("presets")),
             "variants": list(self.overlays("variants")),
         }
+
+
+@cache
+def _is_installed(distribution: str) -> bool:
+    try:
+        installed.version(distribution)
+    except installed.PackageNotFoundError:
+        return False
+    return True
 
 
 def read_yaml(path: Path) -> Config:
@@ -150,6 +169,21 @@ def find_bundle(name: str) -> Bundle:
     if name in bundles:
         return bundles[name]
     raise ConfigError(f"no bundle '{name}'; {did_you_mean(name, bundles)}")
+
+
+def require_packages(bundle: Bundle) -> Bundle:
+    """The same bundle, whose network can be built here.
+
+    Raises:
+        ConfigError: a package that its metadata name is not installed.
+    """
+    missing = bundle.missing_packages
+    if missing:
+        wanted = " ".join(f'"{one}"' for one in missing)
+        raise ConfigError(
+            f"{bundle.name} needs {', '.join(missing)}, not installed here. Install it: pip install {wanted}"
+        )
+    return bundle
 
 
 def near_names(name: str, known: Iterable[str]) -> list[str]:

@@ -10,9 +10,11 @@ import typer
 
 from ich_pipeline import __version__
 from ich_pipeline.errors import ConfigError, IchError, own_errors
+from ich_pipeline.files import write_csv_rows
 
 OK, SOME_FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 130
 # A disk that is full, over its quota or failing: the call was right, and can go on when there is room.
+FOLDS = 5  # of a data set whose owners hold cases out and name none to validate on
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
@@ -250,22 +252,38 @@ def list_bundles(
 @data_app.command("index")
 def data_index(
     folder: Annotated[Path, typer.Argument(help="the data set as it was downloaded")],
-    dataset: Annotated[str, typer.Option("--dataset", help="its layout")],
+    dataset: Annotated[str, typer.Option("--dataset", help="its layout; docs/data.md lists them")],
     out: Annotated[Path | None, typer.Option("--out", help="the manifest; by default FOLDER/manifest.csv")] = None,
+    boxes: Annotated[Path | None, typer.Option("--boxes", help="a table of BHX, for cq500: boxes.csv")] = None,
     seed: Annotated[int, typer.Option(help="of the split")] = 0,
 ) -> int:
-    """Make a manifest of a downloaded data set; cases without a split are split 70/10/20 by patient.
+    """Make a manifest of a downloaded data set.
+
+    Cases without a split are split 70/10/20 by patient; where the data set has a split without `val`, the
+    others get five folds.
 
     Example: ich-pipeline data index Task01 --dataset nnunet --out cases.csv
     """
-    from ich_pipeline.manifest import index_folder, split_by_patient, write_manifest
+    from ich_pipeline.layouts import boxes_of_bhx, index_folder
+    from ich_pipeline.manifest import assign_folds, split_by_patient, write_manifest
 
+    if boxes and dataset != "cq500":
+        raise ConfigError(f"--boxes with --dataset {dataset}: BHX's boxes belong to cq500")
     records = index_folder(folder, dataset)
-    if not any(record.split for record in records):
+    splits = {record.split for record in records}
+    if splits == {""}:
         records = split_by_patient(records, {"train": 0.7, "val": 0.1, "test": 0.2}, seed)
+    elif "val" not in splits and len({r.patient_id for r in records if r.split == "train"}) >= FOLDS:
+        records = assign_folds(records, FOLDS, seed)
     target = out or folder / "manifest.csv"
     write_manifest(target, records)
     print(target)
+    if boxes:
+        from ich_pipeline.detection import BOX_COLUMNS
+
+        found = boxes_of_bhx(boxes, records)
+        write_csv_rows(target.parent / "boxes.csv", map(vars, found), BOX_COLUMNS)
+        print(target.parent / "boxes.csv")
     return OK
 
 

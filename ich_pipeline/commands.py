@@ -34,7 +34,13 @@ def list_bundles(as_json: bool) -> str:
     found = [bundle.describe() for bundle in bundles.all_bundles().values()]
     if as_json:
         return json.dumps(found, indent=2)
-    return "\n".join(f"{b['name']:<22} {b['version']:<8} {_weights_in_words(b):<17} {b['description']}" for b in found)
+    lines = [f"{b['name']:<22} {b['version']:<8} {_weights_in_words(b):<17} {b['description']}" for b in found]
+    return "\n".join(line + _missing_in_words(b) for line, b in zip(lines, found, strict=True))
+
+
+def _missing_in_words(described: Config) -> str:
+    missing = described["missing_packages"]
+    return f" [not installed: {', '.join(missing)}]" if missing else ""
 
 
 def _weights_in_words(described: Config) -> str:

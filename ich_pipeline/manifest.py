@@ -1,4 +1,4 @@
-"""Tables of cases: read and checked, written, split by patient, made from a downloaded dataset.
+"""Tables of cases: read and checked, written, split by patient.
 
 A manifest is a CSV file with at least `case_id` and `image`; `patient_id`, `label`, `split`, `fold` and `edema` (a mask
 of perihematomal edema) have a meaning, any other column is kept as it is. Paths are relative to the manifest, or to a
@@ -6,10 +6,9 @@ folder in ICH_DATA_ROOT, and lead nowhere else.
 """
 
 import csv
-import difflib
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ REQUIRED = ("case_id", "image")
 SPLITS = ("train", "val", "test", "")
 DATA_ROOT = "ICH_DATA_ROOT"
 PHANTOM_FILE = "phantom.json"  # beside the manifest of a set of phantoms
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
 
 
 def read_manifest(path: Path | str, *, require_label: bool = False, check_grids: bool = False) -> list[CaseRecord]:
@@ -133,27 +131,6 @@ def assign_folds(records: Sequence[CaseRecord], k: int, seed: int) -> list[CaseR
     return [replace(record, fold=fold_of.get(_patient(record))) for record in records]
 
 
-def index_folder(root: Path | str, dataset: str) -> list[CaseRecord]:
-    """Make records of a downloaded dataset.
-
-    Args:
-        root: the folder it was unpacked to.
-        dataset: a name in LAYOUTS.
-
-    Raises:
-        ConfigError: an unknown layout; the nearest names are given.
-        ManifestError: a folder that is not laid out so, a label without an image, or no image at all.
-    """
-    if dataset not in LAYOUTS:
-        near = difflib.get_close_matches(dataset, LAYOUTS, n=2, cutoff=0.3) or list(LAYOUTS)
-        raise ConfigError(f"no dataset layout {dataset!r}; did you mean {' or '.join(map(repr, near))}?")
-    root = Path(root).resolve()
-    records = LAYOUTS[dataset](root)
-    if not records:
-        raise ManifestError(f"{root}: no NIfTI image found in layout {dataset!r}. Check the folder.")
-    return records
-
-
 def _rows(path: Path, require_label: bool) -> list[tuple[int, dict[str, str]]]:
     if not path.is_file():
         raise ManifestError(f"{path}: no such manifest. Check the path.")
@@ -252,54 +229,3 @@ def _patient(record: CaseRecord) -> str:
 def _shuffled_patients(records: Sequence[CaseRecord], seed: int) -> list[str]:
     """Patients in an order drawn by hash: the same on every machine and in every version of a random generator."""
     return sorted({_patient(r) for r in records}, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-
-
-def _nifti_by_stem(folder: Path) -> dict[str, Path]:
-    """NIfTI files directly in a folder by name without suffix, sorted."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        suffix = next((s for s in NIFTI_SUFFIXES if path.name.endswith(s)), None)
-        if suffix is None or path.name.startswith("."):
-            continue
-        stem = path.name.removesuffix(suffix)
-        if stem in found:
-            raise ManifestError(f"{folder}: both {found[stem].name} and {path.name}, expected one. Remove one.")
-        found[stem] = path
-    return found
-
-
-def _paired(images: Mapping[str, Path], labels: Mapping[str, Path], split: str, where: Path) -> list[CaseRecord]:
-    lonely = sorted(set(labels) - set(images))
-    if lonely:
-        raise ManifestError(f"{where}: {len(lonely)} labels have no image, such as {lonely[0]}. Complete the download.")
-    return [CaseRecord(case, image, labels.get(case), case, split) for case, image in images.items()]
-
-
-def _index_folders(root: Path) -> list[CaseRecord]:
-    """`images/` and `labels/` or `masks/` with the same file names; an image may have no label."""
-    label_folders = [root / name for name in ("labels", "masks") if (root / name).is_dir()]
-    if not (root / "images").is_dir() or len(label_folders) > 1:
-        raise ManifestError(f"{root}: expected a folder images and one of labels or masks. Check the folder.")
-    labels = _nifti_by_stem(label_folders[0]) if label_folders else {}
-    return _paired(_nifti_by_stem(root / "images"), labels, "", root)
-
-
-def _index_nnunet(root: Path) -> list[CaseRecord]:
-    """nnU-Net v2 raw data: imagesTr and labelsTr (split train), imagesTs and, where given, labelsTs (split test)."""
-    records: list[CaseRecord] = []
-    for part, split in (("Tr", "train"), ("Ts", "test")):
-        images: dict[str, Path] = {}
-        for stem, path in _nifti_by_stem(root / f"images{part}").items():
-            case, separator, channel = stem.rpartition("_")
-            if not separator or channel != "0000":
-                raise ManifestError(f"{path}: expected CASE_0000 and no other channel. Keep the CT channel only.")
-            images[case] = path
-        records += _paired(images, _nifti_by_stem(root / f"labels{part}"), split, root)
-    without = [record.case_id for record in records if record.split == "train" and record.label is None]
-    if without:
-        raise ManifestError(f"{root}: {len(without)} training images have no label, such as {without[0]}.")
-    return records
-
-
-LAYOUTS: dict[str, Callable[[Path], list[CaseRecord]]] = {"folders": _index_folders, "nnunet": _index_nnunet}
-"""A public dataset with a layout of its own is one more function here."""

@@ -52,7 +52,7 @@ class Settings:
         """The bundle that was named.
 
         Raises:
-            ConfigError: none was named, or it does not exist.
+            ConfigError: none was named, it does not exist, or a package that it needs is not installed.
         """
         name = self.run["bundle"]
         if name is None:
@@ -60,8 +60,9 @@ class Settings:
         if str(name).startswith(("models:/", "runs:/")) and not Path(name).exists():
             from ich_pipeline.tracking import fetch_bundle
 
-            return Bundle(fetch_bundle(name, tracking_uri=self.run["tracking_uri"], cache=CACHE))
-        return bundles.find_bundle(str(name))
+            fetched = fetch_bundle(name, tracking_uri=self.run["tracking_uri"], cache=CACHE)
+            return bundles.require_packages(Bundle(fetched))
+        return bundles.require_packages(bundles.find_bundle(str(name)))
 
     def preset(self, bundle: Bundle) -> str | None:
         """The preset to apply: `auto` is gpu or cpu by what this machine has.

@@ -56,7 +56,13 @@ def load_cases(manifest: str | Path | None, fold: int | None = None) -> dict[str
     """
     if manifest is None:
         raise ConfigError("training needs data=MANIFEST, a CSV with case_id, image, label and split")
-    records = [r for r in read_manifest(Path(manifest), require_label=True) if r.split != "test"]
+    records = [r for r in read_manifest(Path(manifest)) if r.split != "test"]
+    unlabelled = [r.case_id for r in records if r.label is None]
+    if unlabelled:
+        raise ManifestError(
+            f"{manifest}: no label for {unlabelled[0]} ({len(unlabelled)} cases), expected one for every case that is "
+            "not held out. Fill the column `label`, or give them split=test."
+        )
     if fold is None:
         train, val = ([r for r in records if r.split == name] for name in ("train", "val"))
     else:

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,13 +37,34 @@ TRAINABLE = {name: bundle for name, bundle in BUNDLES.items() if bundle.needs_we
 WITH_VARIANTS = [(name, variant) for name, b in TRAINABLE.items() for variant in (None, *b.overlays("variants"))]
 
 
+WITHOUT_WEIGHTS: list[tuple[str, str | None]] = [(name, None) for name in BUNDLES if name not in TRAINABLE]
+
+
 def name_of(param: tuple[str, str | None]) -> str:
     return "-".join(filter(None, param))
 
 
-each_bundle = pytest.mark.parametrize("bundle", BUNDLES.values(), ids=BUNDLES)
-each_trainable_bundle = pytest.mark.parametrize("bundle", TRAINABLE.values(), ids=TRAINABLE)
-each_trained_bundle = pytest.mark.parametrize("ready", WITH_VARIANTS, ids=name_of, indirect=True)
+def skipped(bundle: Bundle) -> list[pytest.MarkDecorator]:
+    """Marks of a bundle whose network cannot be built here."""
+    missing = bundle.missing_packages
+    return [pytest.mark.skip(f"{bundle.name} needs {', '.join(missing)}, not installed")] if missing else []
+
+
+def of(found: dict[str, Bundle]) -> list[Any]:
+    return [pytest.param(bundle, id=name, marks=skipped(bundle)) for name, bundle in found.items()]
+
+
+def ready_of(names: list[tuple[str, str | None]]) -> list[Any]:
+    return [pytest.param(param, id=name_of(param), marks=skipped(BUNDLES[param[0]])) for param in names]
+
+
+each_bundle = pytest.mark.parametrize("bundle", of(BUNDLES))
+each_trainable_bundle = pytest.mark.parametrize("bundle", of(TRAINABLE))
+each_trained_bundle = pytest.mark.parametrize("ready", ready_of(WITH_VARIANTS), indirect=True)
+each_ready_bundle = pytest.mark.parametrize("ready", ready_of([(name, None) for name in BUNDLES]), indirect=True)
+
+# Baselines that differ in their network alone, so that a difference of scores is one of networks.
+SIBLINGS = [("unet3d", "segresnet3d", "swinunetr"), ("segresnet2d", "unetplusplus2d", "fpn2d")]
 
 # What MONAI's bundle specification asks of metadata, and what we ask besides.
 TEXT = {"type": "string", "minLength": 1}
@@ -143,16 +165,20 @@ def prepared(source: Bundle, variant: str | None, out: Path, heads: Path) -> Bun
     return Bundle(out / "bundle")
 
 
-@pytest.fixture(
-    scope="module",
-    params=[*WITH_VARIANTS, *((name, None) for name in BUNDLES if name not in TRAINABLE)],
-    ids=name_of,
-)
+def on_a_coarse_grid(source: Bundle, folder: Path) -> Bundle:
+    """A bundle without presets on a model grid that is about as coarse as the phantom."""
+    shutil.copytree(source.path, folder)
+    names = source.config_names
+    bundles.write_configs(folder, bundles.resolve(source, names, {"spacing_mm": [10.0, 2.0, 2.0]}, None))
+    return Bundle(folder)
+
+
+@pytest.fixture(scope="module", params=ready_of([*WITH_VARIANTS, *WITHOUT_WEIGHTS]))
 def ready(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, heads: Path) -> Bundle:
-    """A tiny bundle with the weights of two training steps, or one that needs none."""
+    """A tiny bundle with the weights of two training steps, or with none where none are needed."""
     name, variant = request.param
     if name not in TRAINABLE:
-        return BUNDLES[name]
+        return on_a_coarse_grid(BUNDLES[name], tmp_path_factory.mktemp("bundle") / name)
     bundle = prepared(BUNDLES[name], variant, tmp_path_factory.mktemp("run"), heads)
     result = train_bundle(bundle, RunReport({}), resume=False)
     assert result.best_epoch == 1
@@ -285,6 +311,43 @@ def test_training_and_inference_share_network_and_preprocessing(bundle: Bundle) 
 @each_trainable_bundle
 def test_drift_is_seen(bundle: Bundle, key: str, value: Any, seen: str) -> None:
     assert drift(bundle.config("train") | {key: value}, bundle.config("inference")) == [seen]
+
+
+def shared_by_siblings(bundle: Bundle) -> dict[str, Config]:
+    """Its configs but for the network, the keys that the network alone reads, and what the metadata say of it."""
+    configs = {name: bundle.config(name) for name in bundle.config_names}
+    network = configs["train"]["network_def"]
+    own = {"network_def", *re.findall(r"@([a-z_0-9]+)", json.dumps(network))}
+    shared = {name: {key: value for key, value in config.items() if key not in own} for name, config in configs.items()}
+    about_it = {"name", "description", "references", "required_packages_version"}
+    shared["metadata"] = {key: value for key, value in configs["metadata"].items() if key not in about_it}
+    for side in shared["metadata"]["network_data_format"].values():
+        for tensor in side.values():
+            del tensor["spatial_shape"]
+    return shared
+
+
+def shared_preset(bundle: Bundle, name: str) -> Config:
+    shared = shared_by_siblings(bundle)["train"]
+    preset = bundles.read_yaml(bundle.overlays("presets")[name])
+    return {key: value for key, value in preset.items() if key in shared}
+
+
+@pytest.mark.parametrize("names", SIBLINGS, ids="-".join)
+def test_siblings_differ_in_their_network_alone(names: tuple[str, ...]) -> None:
+    first, *others = (BUNDLES[name] for name in names)
+    for other in others:
+        assert shared_by_siblings(other) == shared_by_siblings(first)
+        # On a machine they are trained alike too; `tiny` is what each network can be tested with.
+        for preset in ("cpu", "gpu"):
+            assert shared_preset(other, preset) == shared_preset(first, preset)
+
+
+@each_trainable_bundle
+def test_what_all_trainable_bundles_share(bundle: Bundle) -> None:
+    shared = BUNDLES["cascade3d"].path
+    for name in ("LICENSE", "configs/evaluate.yaml", "configs/multi_gpu_train.yaml", "configs/logging.conf"):
+        assert (bundle.path / name).read_bytes() == (shared / name).read_bytes()
 
 
 @each_bundle
@@ -433,12 +496,58 @@ def as_monai_label(bundle: Bundle, scan: Path, threshold: float) -> NDArray[np.u
     return np.asarray(Compose([s for s in steps if not isinstance(s, SaveImaged)])(data)["pred"][0]).astype(np.uint8)
 
 
-@each_bundle
-def test_three_routes_give_the_same_mask(bundle: Bundle, heads: Path, tmp_path: Path) -> None:
-    small = bundle
-    if bundle.needs_weights:
-        small = prepared(bundle, None, tmp_path / "run", heads)
-        train_bundle(small, RunReport({}), resume=False)
+class MonaiRuns:
+    """`python -m monai.bundle run` in processes of their own that share the import of MONAI, half of their time.
+
+    Each is a fork of one process that has imported `monai.bundle` and nothing of ours.
+    """
+
+    WAITS = """
+import json, os, runpy, sys
+import monai.bundle
+for line in sys.stdin:
+    words, log = json.loads(line)
+    process = os.fork()
+    if process == 0:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(1, 2)
+        sys.argv = ["monai.bundle", *words]
+        runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+
+    def __init__(self, folder: Path) -> None:
+        # Sums in another order would differ in the last bit, and threads do not survive a fork.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        call, pipe = [sys.executable, "-c", self.WAITS], subprocess.PIPE
+        self.process = subprocess.Popen(call, cwd=folder, env=environment, stdin=pipe, stdout=pipe, text=True)
+
+    def run(self, words: list[str], log: Path) -> int:
+        """Exit status; what it says goes to `log`."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps([["run", *words], str(log)]) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="session")
+def monai_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonaiRuns]:
+    runs = MonaiRuns(tmp_path_factory.mktemp("monai"))
+    yield runs
+    runs.process.communicate()
+
+
+def test_a_run_by_monai_that_fails_is_seen(monai_runs: MonaiRuns, tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    assert monai_runs.run(["--config_file", str(tmp_path / "none.yaml")], log) == 1
+    assert "none.yaml" in log.read_text()
+
+
+@each_ready_bundle
+def test_three_routes_give_the_same_mask(ready: Bundle, heads: Path, tmp_path: Path, monai_runs: MonaiRuns) -> None:
+    small = ready
     scans = [heads / f"{name}.nii.gz" for name in ("sheared", "permuted")]
     # A threshold in the middle of the scores gives a mask in which every difference would show.
     segmenter = Segmenter(small, small.config("inference"))
@@ -451,13 +560,10 @@ def test_three_routes_give_the_same_mask(bundle: Bundle, heads: Path, tmp_path: 
         cli.main(["segment", *map(str, scans), "--out", str(ours), *words])
     assert end.value.code == 0
 
-    config = small.path / "configs" / "inference.yaml"
-    call = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(config), "--bundle_root", str(small.path)]
-    call += ["--scans", str([str(s) for s in scans]), "--output_dir", str(tmp_path / "monai")]
-    call += ["--threshold", repr(threshold)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # sums in another order would differ in the last bit
-    done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    config, log = small.path / "configs" / "inference.yaml", tmp_path / "log.txt"
+    words = ["--config_file", str(config), "--bundle_root", str(small.path), "--scans", str([str(s) for s in scans])]
+    words += ["--output_dir", str(tmp_path / "monai"), "--threshold", repr(threshold)]
+    assert monai_runs.run(words, log) == 0, log.read_text()
 
     for scan in scans:
         mask, theirs = (np.asarray(nib.load(folder / scan.name).dataobj) for folder in (ours, tmp_path / "monai"))

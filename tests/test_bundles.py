@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from ich_pipeline import bundles
+from ich_pipeline import bundles, cli
 from ich_pipeline.bundles import Bundle, parse_overrides, read_yaml, resolve, write_configs
+from ich_pipeline.commands import list_bundles
 from ich_pipeline.errors import ConfigError
 
 CONFIGS: dict[str, Any] = {
@@ -67,6 +68,30 @@ def test_a_bundle_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"is no bundle.*metadata.json"):
         bundles.find_bundle("empty")
+
+
+def test_a_bundle_whose_package_is_not_installed(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    def require(packages: dict[str, str]) -> None:
+        metadata = bundle.metadata | {"required_packages_version": packages}
+        (bundle.path / "configs" / "metadata.json").write_text(json.dumps(metadata))
+
+    # Our own name is that of the code that runs, wherever it was found.
+    require({"ich_pipeline": "0.1.0", "numpy": "1.26.0"})
+    assert bundles.require_packages(bundle) is bundle
+    require({"numpy": "1.26.0", "no-such-package": "2.0.0"})
+    assert bundle.describe()["missing_packages"] == ["no-such-package>=2.0.0"]
+    with pytest.raises(SystemExit) as end:
+        cli.main(["evaluate", "bundle=mine", "data=cases.csv"])
+    assert end.value.code == 2
+    assert (
+        'mine needs no-such-package>=2.0.0, not installed here. Install it: pip install "no-such-package>=2.0.0"'
+        in (" ".join(capsys.readouterr().err.split()))
+    )
+    make_bundle(Path("bundles/other"))
+    bundle.path.rename("bundles/mine")
+    listed = {line.split()[0]: line for line in list_bundles(as_json=False).splitlines()}
+    assert listed["mine"].endswith("made for a test [not installed: no-such-package>=2.0.0]")
+    assert listed["other"].endswith("made for a test")
 
 
 def test_description_of_a_bundle(bundle: Bundle) -> None:

@@ -14,7 +14,7 @@ from ich_pipeline import __version__, cli
 
 COMMANDS = [
     *(["segment"], ["volume"], ["agreement"], ["compare"], ["train"], ["evaluate"], ["phantom"], ["demo"], ["bundles"]),
-    ["data", "index"],
+    *(["plan"], ["data", "index"]),
 ]
 # What makes a light command slow to start.
 HEAVY = ("torch", "monai", "mlflow", "scipy", "pandas", "matplotlib", "SimpleITK", "openvino")

@@ -64,7 +64,7 @@ def parse(line: str) -> None:
     own = {key: given.pop(key) for key in list(given) if key in defaults}
     bundle = str(own.get("bundle", "cascade3d"))
     # A trained bundle's folder, or a registered model, has the keys of the bundle it is named after.
-    named = next((each for each in bundles.all_bundles() if each in bundle), bundle)
+    named = next((each for each in bundles.all_bundles() if each in re.split("[/@]", bundle)), bundle)
     if str(given.get("variant")).endswith(".yaml"):
         del given["variant"]  # a plan, which the reader has made
     found = bundles.find_bundle(named)

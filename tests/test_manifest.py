@@ -11,9 +11,7 @@ from scan_files import GANTRY_TILT, SHAPE, head_series, nifti_image, save, save_
 
 from ich_pipeline.errors import ConfigError, ManifestError
 from ich_pipeline.manifest import (
-    LAYOUTS,
     assign_folds,
-    index_folder,
     read_manifest,
     split_by_patient,
     write_manifest,
@@ -297,57 +295,6 @@ class TestSplits:
     def test_wrong_number_of_folds(self, k):
         with pytest.raises(ConfigError, match="for 20 patients, expected 2 to 20"):
             assign_folds(records(), k, 0)
-
-
-class TestIndex:
-    """A download becomes a manifest."""
-
-    def touch(self, root, *names):
-        for name in names:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).touch()
-
-    @pytest.mark.parametrize("labels", ["labels", "masks"])
-    def test_folders(self, tmp_path, labels):
-        self.touch(tmp_path, "images/b.nii.gz", "images/a.nii", "images/._a.nii", "images/x.txt", f"{labels}/b.nii.gz")
-        first, second = index_folder(tmp_path, "folders")
-        assert first == CaseRecord("a", tmp_path / "images" / "a.nii", None, "a")
-        assert second == CaseRecord("b", tmp_path / "images" / "b.nii.gz", tmp_path / labels / "b.nii.gz", "b")
-        write_manifest(tmp_path / "m.csv", [first, second])
-        assert read_manifest(tmp_path / "m.csv") == [first, second]
-
-    def test_nnunet(self, tmp_path):
-        self.touch(tmp_path, "imagesTr/h_1_0000.nii.gz", "labelsTr/h_1.nii.gz", "imagesTs/h_2_0000.nii.gz")
-        train, test = index_folder(tmp_path, "nnunet")
-        assert train == CaseRecord(
-            "h_1", tmp_path / "imagesTr/h_1_0000.nii.gz", tmp_path / "labelsTr/h_1.nii.gz", "h_1", "train"
-        )
-        assert test == CaseRecord("h_2", tmp_path / "imagesTs/h_2_0000.nii.gz", None, "h_2", "test")
-
-    @pytest.mark.parametrize(
-        ("dataset", "names", "message"),
-        [
-            ("folders", ["a.nii"], "expected a folder images"),
-            ("folders", ["images/a.nii", "labels/a.nii", "masks/a.nii"], "one of labels or masks"),
-            ("folders", ["images/a.nii", "labels/b.nii"], "1 labels have no image, such as b"),
-            ("folders", ["images/a.nii", "images/a.nii.gz"], r"both a\.nii and a\.nii\.gz"),
-            ("folders", ["images/a.txt"], "no NIfTI image found"),
-            ("nnunet", ["images/a.nii"], "no NIfTI image found"),
-            ("nnunet", ["imagesTr/a_0001.nii"], "expected CASE_0000"),
-            ("nnunet", ["imagesTr/a.nii"], "expected CASE_0000"),
-            ("nnunet", ["imagesTr/a_0000.nii"], "1 training images have no label, such as a"),
-        ],
-    )
-    def test_folder_of_another_shape(self, tmp_path, dataset, names, message):
-        self.touch(tmp_path, *names)
-        with pytest.raises(ManifestError, match=message):
-            index_folder(tmp_path, dataset)
-
-    def test_unknown_layout(self, tmp_path):
-        with pytest.raises(ConfigError, match="no dataset layout 'nnUnet'; did you mean 'nnunet'"):
-            index_folder(tmp_path, "nnUnet")
-        with pytest.raises(ConfigError, match=" or ".join(map(repr, LAYOUTS))):
-            index_folder(tmp_path, "zzz")
 
 
 def test_manifests_are_read_without_heavy_libraries(tmp_path):
