@@ -220,7 +220,8 @@ def test_incomplete_metadata_is_seen(bundle: Bundle, missing: str) -> None:
 @each_bundle
 def test_folder_is_complete(bundle: Bundle) -> None:
     wanted = {"inference", "evaluate"} | ({"train", "multi_gpu_train"} if bundle.needs_weights else set())
-    assert set(bundle.config_names) == wanted | {"metadata"}
+    # A stage that is trained first has its own config, laid over train.yaml.
+    assert set(bundle.config_names) - {"coarse"} == wanted | {"metadata"}
     assert (bundle.path / "configs" / "logging.conf").is_file()
     assert "Apache License" in (bundle.path / "LICENSE").read_text()
     assert set(bundle.overlays("presets")) >= ({"cpu", "gpu", "tiny"} if bundle.needs_weights else set())
@@ -347,7 +348,10 @@ def test_siblings_differ_in_their_network_alone(names: tuple[str, ...]) -> None:
 def test_what_all_trainable_bundles_share(bundle: Bundle) -> None:
     shared = BUNDLES["cascade3d"].path
     for name in ("LICENSE", "configs/evaluate.yaml", "configs/multi_gpu_train.yaml", "configs/logging.conf"):
-        assert (bundle.path / name).read_bytes() == (shared / name).read_bytes()
+        expected = (shared / name).read_text()
+        if "coarse" in bundle.config_names:  # what learns is one stage of the network
+            expected = expected.replace('"@network"', '"@learner"')
+        assert (bundle.path / name).read_text() == expected
 
 
 @each_bundle
