@@ -165,8 +165,6 @@ def _check_headers(case_id: str, datasets: Sequence[Any]) -> None:
     _require_one(case_id, "PixelSpacing", [tuple(d.PixelSpacing) for d in datasets], SPACING_TOLERANCE)
     orientations = [tuple(d.ImageOrientationPatient) for d in datasets]
     _require_one(case_id, "ImageOrientationPatient", orientations, DIRECTION_TOLERANCE)
-    # A slice whose bits lie elsewhere than its neighbours' would be read as other values, and nothing would show it.
-    _require_one(case_id, "BitsStored and HighBit", [(d.BitsStored, d.HighBit) for d in datasets], 0)
     for dataset in datasets:
         bits = int(dataset.BitsStored), int(dataset.HighBit) + 1, int(dataset.BitsAllocated)
         if not 1 <= bits[0] <= bits[1] <= bits[2] <= 32 or dataset.PixelRepresentation not in (0, 1):
@@ -181,6 +179,8 @@ def _check_headers(case_id: str, datasets: Sequence[Any]) -> None:
             raise ReadError(
                 f"{case_id}: {dataset.SamplesPerPixel} samples a pixel (colour), expected 1. Export the CT."
             )
+    # A slice whose bits lie elsewhere than its neighbours' would be read as other values, and nothing would show it.
+    _require_one(case_id, "BitsStored and HighBit", [(d.BitsStored, d.HighBit) for d in datasets], 0)
 
 
 def _holds_numbers(dataset: Any, name: str, n_numbers: int) -> bool:

@@ -1,0 +1,114 @@
+"""Every bundle on one set of synthetic scans: trained, evaluated on the same held-out phantoms, in one table.
+
+    python benchmarks/bundles.py --out DIR [--preset cpu|gpu|tiny] [--bundles a,b] [--cases 60] [KEY=VALUE ...]
+
+40 of 60 phantoms train, 8 validate, 12 test (seed 0). The same command goes on where it stopped: a bundle that is
+trained is not trained again. Writes DIR/bundles.md beside what `evaluate` writes. Scores on phantoms say how the
+networks learn under the same means, nothing about patients.
+"""
+
+import argparse
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from monai.bundle import ConfigParser
+
+from ich_pipeline import bundles, commands
+from ich_pipeline.bundles import Bundle
+from ich_pipeline.evaluation import Evaluation, compare, labelled_cases
+from ich_pipeline.manifest import read_manifest, split_by_patient, write_manifest
+from ich_pipeline.phantom import write_dataset
+from ich_pipeline.report import interval, write_text
+from ich_pipeline.run_report import machine, versions
+from ich_pipeline.settings import Settings
+
+SHARES = {"train": 40 / 60, "val": 8 / 60, "test": 12 / 60}
+SCORES = ("dice", "nsd", "rvd", "abs_error_ml", "false_alarm_ml")
+
+
+def phantoms(folder: Path, cases: int) -> Path:
+    """The manifest of the set; made once."""
+    manifest = folder / "manifest.csv"
+    if not manifest.is_file():
+        write_dataset(folder, cases, 0)
+        write_manifest(manifest, split_by_patient(read_manifest(manifest), SHARES, seed=0))
+    return manifest
+
+
+def trained(name: str, manifest: Path, preset: str, words: list[str], out: Path) -> Bundle:
+    """The trained bundle of one architecture, or the one that needs no training."""
+    bundle = bundles.find_bundle(name)
+    if not bundle.needs_weights:
+        return bundle
+    if not (out / "finished").is_file():
+        resume = ["resume=true"] if (out / "bundle").is_dir() else []
+        given = [f"bundle={name}", f"data={manifest}", f"preset={preset}", f"out={out}", "tracking=false"]
+        commands.train(Settings.of([*given, *resume, *words]))
+        (out / "finished").touch()
+    return bundles.find_bundle(str(out / "bundle"))
+
+
+def parameters(bundle: Bundle) -> int:
+    """Learned numbers of a bundle's network."""
+    if not bundle.needs_weights:
+        return 0
+    parser = ConfigParser({**bundle.config("inference"), "bundle_root": str(bundle.path)})
+    return sum(each.numel() for each in parser.get_parsed_content("network_def").parameters())
+
+
+def line(bundle: Bundle, evaluation: Evaluation) -> str:
+    """A row of the table."""
+    summary = evaluation.summary
+    seconds = [each.seconds for each in evaluation.scored if each.seconds is not None]
+    cells = [interval(summary[name].mean) for name in SCORES]
+    missed = f"{summary['dice'].missed} of {summary['dice'].n}"
+    return (
+        f"| {bundle.name} | {' | '.join(cells)} | {missed} | {np.mean(seconds) if seconds else float('nan'):.2f} | "
+        f"{parameters(bundle) / 1e6:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="settings of training, for every bundle")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--preset", default="cpu")
+    parser.add_argument("--bundles", default=",".join(bundles.all_bundles()))
+    parser.add_argument("--cases", type=int, default=60)
+    given = parser.parse_args()
+    manifest = phantoms(given.out / "phantoms", given.cases)
+    cases = labelled_cases(manifest, "test")
+    found = [trained(name, manifest, given.preset, given.words, given.out / name) for name in given.bundles.split(",")]
+    lines = []
+    for bundle in found:
+        out = given.out / "evaluation" / bundle.name
+        words = [f"bundle={bundle.path}", f"data={manifest}", f"out={out}", "pictures=false", "html=false"]
+        commands.evaluate(Settings.of([*words, "tracking=false"]))
+        lines.append(line(bundle, compare(cases, out / "volumes.csv")))
+    about = ", ".join(f"{name} {version}" for name, version in versions().items() if name in ("torch", "monai"))
+    heading = [
+        "bundle",
+        "Dice",
+        "NSD",
+        "RVD",
+        "volume MAE (mL)",
+        "clean scans (mL)",
+        "missed",
+        "s a case",
+        "M parameters",
+    ]
+    text = [
+        f"{given.cases} synthetic phantoms, {len(cases)} held out, preset {given.preset}, {machine()['cores']} cores, "
+        f"{about}, {datetime.now(UTC):%Y-%m-%d}. Brackets: 95 % bootstrap interval.",
+        "",
+        f"| {' | '.join(heading)} |",
+        f"|---|{'--:|' * (len(heading) - 1)}",
+        *lines,
+    ]
+    write_text(given.out / "bundles.md", "\n".join(text) + "\n")
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
