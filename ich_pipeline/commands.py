@@ -11,21 +11,28 @@ from tqdm import tqdm
 from ich_pipeline import bundles
 from ich_pipeline.bundles import Bundle, Config
 from ich_pipeline.errors import ConfigError
-from ich_pipeline.files import SEG_SUFFIX, SR_SUFFIX, atomic_path, remove_leftovers
+from ich_pipeline.files import atomic_path, remove_leftovers
 from ich_pipeline.growth import Criterion, Growth, failed_growth, measure_growth, parse_criterion
+from ich_pipeline.outputs import (
+    check_growth_table,
+    check_measuring,
+    check_outside,
+    check_replaced,
+    check_targets,
+    clear,
+    done_before,
+)
 from ich_pipeline.pairing import Pair, cases_of, find_pairs
 from ich_pipeline.records import CaseRecord
 from ich_pipeline.report import (
-    GROWTH_COLUMNS,
     HTML_NAME,
-    LESIONS_NAME,
     CaseRow,
     read_rows,
     write_growth,
     write_tables,
     write_text,
 )
-from ich_pipeline.run_report import RunReport, plain
+from ich_pipeline.run_report import RunReport
 from ich_pipeline.settings import TRAIN_CONFIGS, Settings
 
 
@@ -67,7 +74,7 @@ def segment(scans: Sequence[Path], masks: Path, table: Path, settings: Settings)
         ReadError: no scans there.
     """
     members = _members(settings)
-    _check_outside(scans, masks)
+    check_outside(scans, masks)
 
     from ich_pipeline.reading import find_scans
 
@@ -123,16 +130,16 @@ def segment_cases(
     from ich_pipeline.pipeline import Pipeline
 
     resolved = _resolved(members, settings)
-    _check_targets(cases, masks)
+    check_targets(cases, masks)
     sha256 = joined_sha256([bundle for bundle, _ in members])
-    done = [] if settings.run["overwrite"] else _done_before(table, cases, resolved, sha256)
+    done = [] if settings.run["overwrite"] else done_before(table, cases, resolved, sha256)
     report = report or RunReport(resolved)
     with report.stage("start"):
         segmenters = [Segmenter(*member) for member in members]
         segmenter = segmenters[0] if len(segmenters) == 1 else Ensemble(segmenters)
     uncertainty = table.parent / "uncertainty" if len(segmenters) > 1 else None
     if settings.run["overwrite"]:
-        _clear(cases, [folder for folder in (masks, regions, probabilities, uncertainty) if folder], table)
+        clear(cases, [folder for folder in (masks, regions, probabilities, uncertainty) if folder], table)
     report.bundle = {"name": segmenter.name, "version": segmenter.version, "sha256": segmenter.weights_sha256}
     pictures = table.parent / "pictures" if settings.run["pictures"] else None
     for folder in filter(None, (table.parent, masks, pictures, regions, probabilities, uncertainty)):
@@ -173,7 +180,7 @@ def measure_masks(masks: Sequence[Path], table: Path, settings: Settings) -> int
     """
     from ich_pipeline.reading import find_scans
 
-    _check_measuring(table, settings)
+    check_measuring(table, settings)
     report = RunReport({"run": settings.run})
     rows = measure_cases(find_scans(masks), report, settings)
     write_tables(table, rows)
@@ -225,18 +232,18 @@ def compare(scans: Sequence[Path], out: Path, settings: Settings, *, masks: bool
     criterion = parse_criterion(str(settings.run["criterion"]))
     if criterion.new_ivh and not (masks and settings.run["subtypes"]):
         raise ConfigError(f"criterion={criterion}: new IVH shows in masks with subtypes only: --masks subtypes=true")
-    _check_growth_table(out)
+    check_growth_table(out)
     table = out.with_name("volumes.csv")
     if masks:
-        _check_measuring(table, settings)
+        check_measuring(table, settings)
         pairs = find_pairs(scans, masks=True)
         cases = cases_of(pairs)
-        _check_replaced(table, cases, settings)
+        check_replaced(table, cases, settings)
         report = RunReport({"run": settings.run})
         write_tables(table, measure_cases(cases, report, settings))
     else:
         members = _members(settings)
-        _check_outside(scans, out.parent / "masks")
+        check_outside(scans, out.parent / "masks")
         pairs = find_pairs(scans, masks=False)
         report = RunReport(_resolved(members, settings))
         segment_cases(cases_of(pairs), members, out.parent / "masks", table, settings, report=report)
@@ -286,136 +293,6 @@ def _shown(bar: Any, row: CaseRow) -> None:
     bar.update()
     if row.status == "failed":
         bar.write(f"{row.case_id}: {row.error}", file=sys.stderr)
-
-
-def _done_before(
-    table: Path, cases: Sequence[CaseRecord], config: Mapping[str, Any], sha256: str | None
-) -> list[CaseRow]:
-    """Rows of an earlier run of the same command that need not be done again.
-
-    A case is done again when it failed, when a file of its mask is gone, and when its scan is newer than its mask.
-
-    Raises:
-        ConfigError: the table is of a run with other settings, other weights or other scans.
-    """
-    run_file = table.parent / "run.json"
-    if not table.is_file():
-        return []
-    before = json.loads(run_file.read_text()) if run_file.is_file() else {}
-    now = (_decisive(plain(config)), sha256)
-    then = (_decisive(before.get("config") or {}), (before.get("bundle") or {}).get("sha256"))
-    if now != then:
-        raise ConfigError(
-            f"{table} is of a run with other settings or weights. Give another --out, or overwrite=true to replace it."
-        )
-    sources = {case.case_id: case.image for case in cases}
-    rows = [row for row in read_rows(table) if row.status == "ok"]
-    other = [row.case_id for row in rows if row.image != sources.get(row.case_id)]
-    if other:
-        raise ConfigError(
-            f"{table} also holds {other[0]}, which is not among these scans ({len(other)} in all). Give another --out, "
-            "or overwrite=true to replace it."
-        )
-    return [row for row in rows if _is_whole(row, dicom=bool(config["run"]["dicom"]))]
-
-
-def _is_whole(row: CaseRow, *, dicom: bool) -> bool:
-    """Whether the files of a case that is ok are there, and no older than its scan; a NIfTI scan has no DICOM files."""
-    from ich_pipeline.dicom_out import are_complete
-    from ich_pipeline.nifti import is_nifti
-
-    if not (row.image and row.mask and row.report and _is_newer(row.mask, row.image)):
-        return False
-    no_dicom = not dicom or is_nifti(row.image) or "no_dicom_results" in row.flags
-    return no_dicom or are_complete(row.mask, row.report.n_lesions)
-
-
-def _decisive(config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What of a recorded config decides the files of a run."""
-    run = config.get("run") or {}
-    return config.get("inference"), *(run.get(name) for name in ("pictures", "dicom", "keep_identifiers"))
-
-
-def _is_newer(mask: Path, scan: Path) -> bool:
-    return mask.is_file() and (not scan.exists() or mask.stat().st_mtime >= scan.stat().st_mtime)
-
-
-def _check_outside(scans: Sequence[Path], masks: Path) -> None:
-    """Refuse to write masks where scans are looked for.
-
-    Raises:
-        ConfigError: the folder of masks lies in a folder of scans.
-    """
-    inside = [scan for scan in scans if scan.is_dir() and masks.resolve().is_relative_to(scan.resolve())]
-    if inside:
-        raise ConfigError(
-            f"{masks} lies in {inside[0]}, where scans are looked for: its masks would be taken for scans. "
-            "Give an --out elsewhere."
-        )
-
-
-def _check_measuring(table: Path, settings: Settings) -> None:
-    """Refuse what does not go with masks that exist.
-
-    Raises:
-        ConfigError: a bundle or its keys were named, or `table` holds what a bundle segmented.
-    """
-    if settings.overrides or settings.run["bundle"]:
-        raise ConfigError("--masks measures masks that exist: it takes no bundle and none of its keys")
-    if table.is_file() and not settings.run["overwrite"] and any(row.bundle for row in read_rows(table)):
-        raise ConfigError(
-            f"{table} holds what a bundle segmented. Give another --out, or overwrite=true to replace it."
-        )
-
-
-def _check_replaced(table: Path, cases: Sequence[CaseRecord], settings: Settings) -> None:
-    """Refuse to replace a table that the call does not name and that holds other cases.
-
-    Raises:
-        ConfigError: there is one.
-    """
-    known = {case.case_id for case in cases}
-    other = [row.case_id for row in read_rows(table) if row.case_id not in known] if table.is_file() else []
-    if other and not settings.run["overwrite"]:
-        raise ConfigError(
-            f"{table} also holds {other[0]}, which is not compared here ({len(other)} in all). Give an --out in "
-            "another folder, or overwrite=true to replace it."
-        )
-
-
-def _check_growth_table(out: Path) -> None:
-    """Refuse to write growth.csv over another file, or where one goes that is written beside it.
-
-    Raises:
-        ConfigError: `out` has such a name, or is a file with other columns.
-    """
-    if out.name in ("volumes.csv", LESIONS_NAME, "run.json"):
-        raise ConfigError(f"{out}: a file of this name goes beside the table of growth. Give another --out.")
-    if out.is_file() and out.read_bytes().splitlines()[:1] != [",".join(GROWTH_COLUMNS).encode()]:
-        raise ConfigError(f"{out} is no table of growth, and would be replaced. Give another --out.")
-
-
-def _check_targets(cases: Sequence[CaseRecord], masks: Path) -> None:
-    """Refuse to write masks over scans.
-
-    Raises:
-        ConfigError: the mask of one case has the path of a scan.
-    """
-    scans = {case.image.resolve() for case in cases}
-    taken = [case for case in cases if (masks / f"{case.case_id}.nii.gz").resolve() in scans]
-    if taken:
-        raise ConfigError(f"{taken[0].case_id}: its mask would replace the scan itself in {masks}. Give another --out.")
-
-
-def _clear(cases: Sequence[CaseRecord], folders: Sequence[Path], table: Path) -> None:
-    """Remove what an earlier run left of these cases, so that a case that fails now has no mask of other settings."""
-    for file in (table, table.with_name(LESIONS_NAME)):
-        file.unlink(missing_ok=True)
-    for case in cases:
-        for folder in folders:
-            for suffix in (".nii.gz", SEG_SUFFIX, SR_SUFFIX):
-                (folder / f"{case.case_id}{suffix}").unlink(missing_ok=True)
-        (table.parent / "pictures" / f"{case.case_id}.png").unlink(missing_ok=True)
 
 
 def train(settings: Settings) -> int:
