@@ -17,7 +17,8 @@ import yaml
 
 from ich_pipeline import bundles, cli
 from ich_pipeline.errors import ConfigError, ManifestError
-from ich_pipeline.manifest import index_folder, write_manifest
+from ich_pipeline.layouts import index_folder
+from ich_pipeline.manifest import write_manifest
 from ich_pipeline.planning import Fingerprint, Plan, make_plan, take_fingerprint, target_spacing_mm, topology
 
 # Slices, rows, columns; small enough to be written and read by the real fingerprint extractor.
