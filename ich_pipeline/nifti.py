@@ -9,7 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
@@ -36,7 +36,7 @@ HEADER_BYTES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 # A mask of uneven slices says where they lie in an extension of this code, as JSON under this key, in steps of the
 # affine.
 COMMENT, POSITIONS_KEY = 6, "ich_pipeline_slice_positions"
-MAX_EXTENSION_BYTES = 1 << 16  # what `_read_head` can give
+MAX_EXTENSION_BYTES = 1 << 24
 # dcm2niix fills the description so; its plain file of a tilted series has a slice step that is too short.
 DCM2NIIX_DESCRIPTION = re.compile(rb"(TE=[\d.]+;)?Time=\d")
 
@@ -98,9 +98,12 @@ def read_header(path: Path, case_id: str) -> NiftiHeader:
             f"{case_id}: voxels start at byte {offset:g}, expected {first} or later. Convert the scan again."
         )
     affine, flags = _affine_mm(case_id, raw, shape)
-    positions = _slice_positions(path, case_id, raw.sizeof_hdr, int(offset)) if single else None
-    grid = _grid(case_id, shape, affine, positions)
+    grid = _grid(case_id, shape, affine)
     grid.check_plausible(case_id)
+    # Of a pair the whole header file after the header is for extensions.
+    positions = _slice_positions(path, case_id, raw, int(offset) if single else path.stat().st_size, grid)
+    if positions:
+        grid = _grid(case_id, shape, affine, positions)
     slope, inter = _scaling(case_id, raw)
     flags += ("uneven_slices",) if positions else ()
     return NiftiHeader(
@@ -175,31 +178,50 @@ _QFORM_FIELDS = ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y"
 
 
 def _extension(grid: Grid) -> bytes:
-    """A header extension with the positions of uneven slices; nothing for even ones."""
+    """A header extension with the positions of uneven slices; nothing for even ones.
+
+    The affine stands beside them: programs that flip, crop or resample an image may carry the extension along.
+    """
     if grid.slice_positions is None:
         return b""
-    text = json.dumps({POSITIONS_KEY: [round(float(n), 9) for n in grid.slice_positions]}).encode()
+    positions = [round(float(n), 9) for n in grid.slice_positions]
+    text = json.dumps({POSITIONS_KEY: positions, "affine": grid.affine[:3].tolist()}).encode()
     size = -(-(8 + len(text)) // 16) * 16
     return size.to_bytes(4, "little") + COMMENT.to_bytes(4, "little") + text.ljust(size - 8, b"\0")
 
 
-def _slice_positions(path: Path, case_id: str, first: int, offset: int) -> list[float] | None:
-    """Positions of uneven slices, where `mask_header_block` wrote the file."""
-    if not first + 20 <= offset <= MAX_EXTENSION_BYTES:
+def _slice_positions(path: Path, case_id: str, raw: Any, stop: int, grid: Grid) -> list[float] | None:
+    """Positions of uneven slices that `mask_header_block` wrote, found before byte `stop` of the header's file.
+
+    Raises:
+        ReadError: they are damaged, or of another affine than the file has now.
+    """
+    first = raw.sizeof_hdr + 4
+    if not first + 16 <= stop <= MAX_EXTENSION_BYTES:
         return None
-    block = _read_head(path, case_id, offset)[first + 4 :]
+    order: Literal["little", "big"] = "little" if raw.endianness == "<" else "big"
+    block = _read_head(path, case_id, stop)[first:]
     while len(block) >= 16:
-        size, code = (int.from_bytes(block[n : n + 4], "little") for n in (0, 4))
-        if size < 16 or size > len(block):
-            return None  # of another program, in another byte order: none of ours
+        size, code = (int.from_bytes(block[n : n + 4], order) for n in (0, 4))
+        if not 16 <= size <= len(block):
+            return None
         text = block[8:size].rstrip(b"\0")
         if code == COMMENT and text.startswith(f'{{"{POSITIONS_KEY}"'.encode()):
             try:
-                return [float(n) for n in json.loads(text)[POSITIONS_KEY]]
-            except (ValueError, TypeError) as error:
+                said = json.loads(text)
+                positions = [float(n) for n in said[POSITIONS_KEY]]
+                affine = np.vstack([np.array(said["affine"], dtype=np.float64).reshape(3, 4), [0, 0, 0, 1]])
+                difference = grid_difference(grid, Grid(grid.shape, affine))
+            except (ValueError, TypeError, KeyError, GeometryError) as error:
                 raise ReadError(
                     f"{case_id}: {path.name} has a damaged list of slice positions ({error}). Write the mask again."
                 ) from error
+            if difference:
+                raise ReadError(
+                    f"{case_id}: {path.name} has slice positions of another grid than its own ({difference}): a "
+                    "program changed the image and kept them. Measure the mask as it was written, or the DICOM SEG."
+                )
+            return positions
         block = block[size:]
     return None
 
@@ -360,12 +382,13 @@ def _is_gzip(path: Path) -> bool:
 
 
 def _read_head(path: Path, case_id: str, n_bytes: int) -> bytes:
+    """The first bytes of a file, decompressed; fewer if it has no more."""
     with path.open("rb") as stream:
-        head = stream.read(1 << 16)
-    if head[:2] != b"\x1f\x8b":
-        return head[:n_bytes]
+        packed = stream.read(n_bytes + (1 << 16))  # a compressed head is little longer than the head at the most
+    if packed[:2] != b"\x1f\x8b":
+        return packed[:n_bytes]
     try:
-        return igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP).decompress(head, n_bytes)
+        return igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP).decompress(packed, n_bytes)
     except GZIP_ERROR as error:
         raise ReadError(f"{case_id}: {path.name} is a damaged gzip file ({error}). Copy it again.") from error
 

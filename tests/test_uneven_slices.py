@@ -12,9 +12,10 @@ from shapes import make_grid
 from ich_pipeline.errors import GeometryError, ReadError
 from ich_pipeline.geometry import Grid, grid_difference
 from ich_pipeline.overlap import compare_masks
+from ich_pipeline.phantom import PhantomSettings, make_case
 from ich_pipeline.pictures import montage
 from ich_pipeline.reading import read_mask, read_scan
-from ich_pipeline.records import NativeMask, NiftiForms
+from ich_pipeline.records import NativeMask, NiftiForms, Scan
 from ich_pipeline.restoring import write_mask
 from ich_pipeline.transforms import ModelGridd, NativeMaskWriter, ReadMaskd, ReadScand
 from ich_pipeline.volumetry import measure, with_probability_band
@@ -175,15 +176,72 @@ class TestFiles:
         assert read_mask(tmp_path / "m.nii.gz")[0].grid.slice_positions is None
 
     @pytest.mark.parametrize(
-        ("positions", "message"), [("[0, 1, x", "damaged list"), ("[0, 1, 2]", "expected 28 that rise")]
+        ("positions", "message"),
+        [
+            ("[0, 1, x", "damaged list"),
+            ("[0, 1, 2]", "damaged list"),
+            ('[0, 1, 2], "affine": AFFINE', "expected 28 that rise"),
+        ],
     )
     def test_damaged_positions_are_refused(self, tmp_path, positions, message):
         image = self.image()
+        positions = positions.replace("AFFINE", json.dumps(image.affine[:3].tolist()))
         text = f'{{"ich_pipeline_slice_positions": {positions}}}'.encode()
         image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", text))
         nib.save(image, tmp_path / "m.nii.gz")
         with pytest.raises((ReadError, GeometryError), match=message):
             read_mask(tmp_path / "m.nii.gz")
+
+    def written(self, folder: Path) -> tuple[Path, NativeMask]:
+        grid = uneven_grid(18.5)
+        mask = sphere(grid, centre_at(grid, 53), 19.3)
+        write_mask(folder / "mask.nii.gz", mask.values, grid, NiftiForms(grid.affine, 1))
+        return folder / "mask.nii.gz", mask
+
+    @pytest.mark.parametrize("name", ["copy.nii", "copy.nii.gz", "copy.img"])
+    def test_a_copy_by_another_program_that_keeps_the_grid_measures_the_same(self, tmp_path, name):
+        file, mask = self.written(tmp_path)
+        image = nib.load(file)
+        kind = nib.Nifti1Pair if name.endswith("img") else nib.Nifti1Image
+        nib.save(kind(np.asarray(image.dataobj), image.affine, image.header), tmp_path / name)
+        back, _ = read_mask(tmp_path / name)
+        assert measure("c", back).volume_ml == pytest.approx(measure("c", mask).volume_ml, rel=1e-6)
+
+    def test_behind_a_long_extension_of_another_program(self, tmp_path):
+        file, mask = self.written(tmp_path)
+        image = nib.load(file)
+        (ours,) = image.header.extensions
+        long = nib.nifti1.Nifti1Extension("comment", np.random.default_rng(0).bytes(100_000))
+        image.header.extensions[:] = [long, ours]
+        nib.save(image, tmp_path / "long.nii.gz")
+        back, _ = read_mask(tmp_path / "long.nii.gz")
+        assert grid_difference(back.grid, mask.grid) is None
+
+    def test_in_the_other_byte_order(self, tmp_path):
+        file, mask = self.written(tmp_path)
+        image = nib.load(file)
+        header = nib.Nifti1Header(endianness=">")
+        header.extensions.extend(image.header.extensions)
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine, header), tmp_path / "big.nii")
+        assert (tmp_path / "big.nii").read_bytes()[:4] == (348).to_bytes(4, "big")
+        back, _ = read_mask(tmp_path / "big.nii")
+        assert grid_difference(back.grid, mask.grid) is None
+
+    @pytest.mark.parametrize("change", ["flip", "crop", "resample"])
+    def test_an_image_that_was_changed_under_its_positions_is_refused(self, tmp_path, change):
+        """nibabel carries the extension along, whatever it does to the image."""
+        image = nib.load(self.written(tmp_path)[0])
+        if change == "flip":
+            other = image.as_reoriented(np.array([[0, 1], [1, 1], [2, -1]]))
+        elif change == "crop":
+            other = image.slicer[10:-10]
+        else:
+            affine = image.affine @ np.diag([2.0, 2.0, 1.0, 1.0])
+            other = nib.Nifti1Image(np.asarray(image.dataobj)[::2, ::2], affine, image.header)
+        assert len(other.header.extensions) == 1
+        nib.save(other, tmp_path / "other.nii.gz")
+        with pytest.raises(ReadError, match="slice positions of another grid than its own"):
+            read_mask(tmp_path / "other.nii.gz")
 
     def image(self) -> nib.Nifti1Image:
         grid = uneven_grid()
@@ -238,3 +296,10 @@ class TestModelGrid:
         mask, _ = read_mask(label)
         picture = montage(read.image_hu, mask, case_id="c", report=measure("c", mask))
         assert np.asarray(picture).std() > 10
+
+
+def test_phantoms_need_an_even_background(tmp_path):
+    grid = uneven_grid()
+    scan = Scan("ge", np.zeros(grid.shape, np.int16), grid, NiftiForms(grid.affine, 1), tmp_path)
+    with pytest.raises(ReadError, match="the slices of ge lie unevenly, expected a background with equal steps"):
+        make_case("p", 0, PhantomSettings(), background=scan)

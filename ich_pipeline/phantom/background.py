@@ -58,6 +58,12 @@ def bleed_into(case_id: str, seed: int, settings: PhantomSettings, background: S
             f"{case_id}: subtype_weights {dict(settings.subtype_weights)} leave nothing for a real background, "
             f"expected weight on one of {', '.join(kind.name for kind in KINDS)}."
         )
+    if background.grid.slice_positions is not None:
+        # What is put in is made and averaged over slices at even steps.
+        raise ReadError(
+            f"{case_id}: the slices of {background.case_id} lie unevenly, expected a background with equal steps. Give "
+            "another scan."
+        )
     head = find_head(background)
     bleed_rng, texture_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
     inside = replace(head.inside, texture=Texture(texture_rng))
