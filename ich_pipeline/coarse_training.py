@@ -72,8 +72,7 @@ def load_fold(manifest: Path | str, fold: int, n_folds: int, seed: int) -> dict[
             "each. Start fewer processes or give fewer coarse_folds=."
         )
     return {
-        name: [{"image": str(r.image), "label": str(r.label)} for r in chosen]
-        for name, chosen in (("train", train), ("val", val[rank() :: n_processes()]))
+        name: [r.item() for r in chosen] for name, chosen in (("train", train), ("val", val[rank() :: n_processes()]))
     }
 
 
@@ -165,7 +164,7 @@ def _write_masks(
     restoring = Compose([step for step in steps if not isinstance(step, SaveImaged)])
     writer = NativeMaskWriter()
     for record in records:
-        data = preprocessing({"image": str(record.image)})
+        data = preprocessing(record.item())
         data["pred"] = inferer(data["image"][None].to(training_device(device)), network)[0].cpu()
         mask = restoring(data)["pred"]
         writer.set_data_array(mask)
@@ -190,8 +189,13 @@ def load_cases_with_masks(
         with file.open(newline="") as stream:
             mask_of |= {row["case_id"]: (file.parent / row["mask"]).resolve() for row in csv.DictReader(stream)}
     assert manifest is not None  # load_cases refuses it
-    path_of = {str(r.image): str(mask_of[r.case_id]) for r in read_manifest(manifest) if r.case_id in mask_of}
-    return {name: [case | {"coarse": path_of[case["image"]]} for case in chosen] for name, chosen in cases.items()}
+    held = [r for r in read_manifest(manifest) if r.case_id in mask_of]
+    # One folder of DICOM may be two cases that name their series.
+    path_of = {(str(r.image), r.series): str(mask_of[r.case_id]) for r in held}
+    return {
+        name: [case | {"coarse": path_of[case["image"], case.get("series")]} for case in chosen]
+        for name, chosen in cases.items()
+    }
 
 
 def with_coarse_stage(network: CoarseMaskUNet, folder: str | Path, device: torch.device) -> CoarseMaskUNet:

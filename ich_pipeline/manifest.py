@@ -207,16 +207,14 @@ def _portable(path: Path, folder: Path) -> str:
 
 
 def _check_grid(where: str, record: CaseRecord) -> None:
-    from ich_pipeline.dicom import series_grid  # light commands read manifests without these
-    from ich_pipeline.geometry import require_same_grid
+    from ich_pipeline.geometry import require_same_grid  # light commands read manifests without these
     from ich_pipeline.nifti import read_header
-    from ich_pipeline.reading import is_dicom_input
+    from ich_pipeline.reading import read_grid
 
     assert record.label is not None
     try:
-        image, case_id = record.image, record.case_id
-        is_dicom = is_dicom_input(image)
-        image_grid = series_grid(image, case_id, record.series) if is_dicom else read_header(image, case_id).grid
+        case_id = record.case_id
+        image_grid = read_grid(record.image, case_id, record.series)
         require_same_grid(case_id, "label", read_header(record.label, case_id).grid, image_grid)
     except IchError as error:
         raise ManifestError(f"{where}: {error}") from error

@@ -32,7 +32,8 @@ FORM_TOLERANCE = 0.01
 MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units & 7: unknown, metre, millimetre, micron
 SINGLE_MAGIC = (b"n+1", b"n+2")
 PAIR_MAGIC = (b"ni1", b"ni2")
-HEADER_BYTES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+HEADERS: dict[int, Any] = {1: nib.Nifti1Header, 2: nib.Nifti2Header}
+HEADER_BYTES = {header.sizeof_hdr: header for header in HEADERS.values()}
 # A mask of uneven slices says where they lie in an extension of this code, as JSON under this key, in steps of the
 # affine.
 COMMENT, POSITIONS_KEY = 6, "ich_pipeline_slice_positions"
@@ -142,7 +143,7 @@ def read_voxels(header: NiftiHeader) -> NDArray[np.generic]:
 
 
 def mask_header_block(grid: Grid, forms: NiftiForms) -> bytes:
-    """The bytes before the voxels of a uint8 mask: a NIfTI-1 header that gives `forms` back as they were read.
+    """The bytes before the voxels of a uint8 mask: a header that gives `forms` back as read, in their version.
 
     No NIfTI header can hold uneven slices: the affine has their mean step, and an extension that other programs pass
     over has their positions.
@@ -150,11 +151,11 @@ def mask_header_block(grid: Grid, forms: NiftiForms) -> bytes:
     Raises:
         GeometryError: the forms do not describe `grid`.
     """
-    header = nib.Nifti1Header(endianness="<")
+    header = HEADERS[forms.version](endianness="<")
     header.set_data_dtype(np.uint8)
     header.set_data_shape(grid.shape)
     extension = _extension(grid)
-    header["scl_slope"], header["scl_inter"], header["vox_offset"] = 1, 0, 352 + len(extension)
+    header["scl_slope"], header["scl_inter"], header["vox_offset"] = 1, 0, header.sizeof_hdr + 4 + len(extension)
     header["xyzt_units"] = forms.xyzt_units
     if forms.qform_fields is not None and forms.pixdim is not None:
         header["pixdim"] = forms.pixdim
@@ -289,6 +290,7 @@ def _forms(raw: Any) -> NiftiForms:
         xyzt_units=int(raw["xyzt_units"]),
         pixdim=tuple(float(n) for n in raw["pixdim"]),
         qform_fields=tuple(float(raw[name]) for name in _QFORM_FIELDS),
+        version=next(version for version, header in HEADERS.items() if header.sizeof_hdr == raw.sizeof_hdr),
     )
 
 

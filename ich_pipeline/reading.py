@@ -11,7 +11,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 
-from ich_pipeline.dicom import read_series
+from ich_pipeline.dicom import read_series, series_grid
 from ich_pipeline.dicom.archive import is_zip
 from ich_pipeline.dicom.headers import is_dicom
 from ich_pipeline.errors import ReadError
@@ -70,15 +70,11 @@ def is_dicom_input(path: Path) -> bool:
     return path.is_dir() or (is_zip(path) and path.is_file())
 
 
-def read_grid(path: Path | str) -> Grid:
-    """Grid of a scan; of a NIfTI file only the header is read.
-
-    Raises:
-        ReadError: as `read_scan`.
-        GeometryError: as `read_scan`.
-    """
+def read_grid(path: Path | str, case_id: str | None = None, series: str | None = None) -> Grid:
+    """Grid of a scan, from headers alone; arguments and errors as `read_scan`."""
     path = Path(path)
-    return read_scan(path).grid if path.is_dir() else read_header(path, default_case_id(path)).grid
+    case_id = case_id or default_case_id(path)
+    return series_grid(path, case_id, series) if is_dicom_input(path) else read_header(path, case_id).grid
 
 
 def read_mask(path: Path | str, case_id: str | None = None) -> tuple[NativeMask, NiftiForms]:

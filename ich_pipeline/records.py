@@ -17,6 +17,9 @@ class NiftiForms:
     A qform of None is computed from the affine when written (rotation only, so it drops shear; its code is then 0).
     `qform_fields` are quatern_b, c, d and qoffset_x, y, z as stored: with `pixdim` they give back the same bits, which
     a qform computed from a matrix does not.
+
+    `version` is that of the header: what NIfTI-2 says in float64, the float32 of NIfTI-1 cannot give back, least of all
+    a qform turned by nearly half a circle.
     """
 
     sform: Affine
@@ -26,6 +29,7 @@ class NiftiForms:
     xyzt_units: int = 2
     pixdim: tuple[float, ...] | None = None
     qform_fields: tuple[float, ...] | None = None
+    version: int = 1
 
 
 @dataclass(frozen=True)

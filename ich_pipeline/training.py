@@ -445,7 +445,7 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
     if not configs["train"]["data"]:
         raise ConfigError("training needs data=MANIFEST, a CSV with case_id, image, label and split")
     cases = load_cases(configs["train"]["data"], configs["train"]["fold"])
-    slices_mm = [read_grid(case["image"]).slice_spacing_mm for case in cases["train"]]
+    slices_mm = [read_grid(case["image"], series=case.get("series")).slice_spacing_mm for case in cases["train"]]
     # Paths are the user's, but the bundle may be moved: they are kept whole.
     for config in configs.values():
         if config.get("data"):

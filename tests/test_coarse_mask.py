@@ -20,7 +20,7 @@ from training_cases import write_cases
 from ich_pipeline import coarse_training, commands, training
 from ich_pipeline.bundles import Bundle
 from ich_pipeline.coarse_mask import CoarseGridd, CoarseInferer, CoarseMaskInferer
-from ich_pipeline.coarse_training import load_fold, records_with_folds
+from ich_pipeline.coarse_training import load_cases_with_masks, load_fold, records_with_folds
 from ich_pipeline.commands import Settings
 from ich_pipeline.engines import EngineInferer, load_network
 from ich_pipeline.errors import ConfigError, ManifestError
@@ -238,6 +238,28 @@ def test_folds_that_are_not_whole_are_refused(
 def test_folds_of_the_manifest_are_kept(cases: Path, tmp_path: Path) -> None:
     manifest = manifest_with(tmp_path, cases, fold=[1, 0, 0, 1, None])
     assert [r.fold for r in records_with_folds(manifest, 2, seed=0)] == [1, 0, 0, 1]
+
+
+def test_two_series_of_one_folder_are_two_cases(tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    (tmp_path / "fold_0").mkdir()
+    for name in ("thick", "thin"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    rows = [
+        f"{name},study,{name}.nii.gz,{split},{series}"
+        for name, split, series in (("thick", "train", "2"), ("thin", "val", "3"))
+    ]
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("\n".join(["case_id,image,label,split,series", *rows]) + "\n")
+    items = [item for fold in range(2) for item in load_fold(manifest, fold, 2, seed=0)["val"]]
+    assert {Path(item["label"]).name: item["series"] for item in items} == {"thick.nii.gz": "2", "thin.nii.gz": "3"}
+    masks = "\n".join(["case_id,mask", "thick,masks/thick.nii.gz", "thin,masks/thin.nii.gz"])
+    (tmp_path / "fold_0" / "cases.csv").write_text(masks + "\n")
+    found = load_cases_with_masks(manifest, tmp_path)
+    assert {case["series"]: Path(case["coarse"]).name for split in found.values() for case in split} == {
+        "2": "thick.nii.gz",
+        "3": "thin.nii.gz",
+    }
 
 
 # --- training in order -----------------------------------------------------------------------------------------------
