@@ -324,6 +324,39 @@ def test_a_full_disk_stops_and_what_was_done_is_whole(scans, bundle, tmp_path, m
     assert hidden(tmp_path / "out") == []
 
 
+def test_a_table_that_is_slow_to_write_is_not_written_after_every_case(scans, segmenter, tmp_path, monkeypatch):
+    lengths = []
+
+    def slowly(table_file, rows):
+        lengths.append(len(rows))
+        time.sleep(0.4)
+        write_tables(table_file, rows)
+
+    monkeypatch.setattr(batch, "write_tables", slowly)
+    monkeypatch.setattr(batch, "SHARE", 1e-6)  # of no batch that a test can wait for
+    run(scans, tmp_path, segmenter)
+    assert lengths == [1, 5]
+    assert len(table(tmp_path / "volumes.csv")) == 5
+
+
+def test_an_interrupted_batch_writes_the_rows_it_has_not_written_yet(scans, segmenter, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "QUICK_S", -1.0)  # as if every writing had been slow
+    monkeypatch.setattr(batch, "SHARE", 1e-9)
+
+    def interrupted(row):
+        if row.case_id == "head3":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_batch(
+            find_scans([scans]),
+            Pipeline(segmenter, tmp_path / "masks", None, RunReport({}, command=["test"])),
+            tmp_path / "volumes.csv",
+            on_row=interrupted,
+        )
+    assert [row["case_id"] for row in table(tmp_path / "volumes.csv")] == ["head0", "head1", "head2", "head3"]
+
+
 def test_a_disk_that_takes_nothing_leaves_nothing(tmp_path):
     write_heads(tmp_path / "heads", 2, tmp_path / "labels")
     labels, out = str(tmp_path / "labels"), str(tmp_path / "v.csv")
