@@ -5,7 +5,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ich_pipeline.networks.mixture import BrainMixture, blood_probability, brain_mask
+from ich_pipeline.errors import ReadError
+from ich_pipeline.networks.mixture import BrainMixture, MixtureInferer, blood_probability, brain_mask
 
 SHAPE, PIXEL_MM = (6, 100, 90), 2.0
 ROWS, COLUMNS = np.meshgrid(np.arange(100) - 50, np.arange(90) - 45, indexing="ij")
@@ -50,6 +51,16 @@ def test_a_head_without_a_class_as_dense_as_blood_has_none() -> None:
 @pytest.mark.parametrize("value_hu", [-1000.0, 40.0])
 def test_what_is_no_head_has_no_brain(value_hu: float) -> None:
     assert not score(np.full(SHAPE, value_hu, np.float32)).any()
+
+
+def test_a_head_without_blood_is_told_from_one_without_a_closed_skull() -> None:
+    network, inferer = BrainMixture((5.0, PIXEL_MM, PIXEL_MM)), MixtureInferer((5.0, PIXEL_MM, PIXEL_MM))
+    closed = torch.from_numpy(head(bleed_hu=None))[None, None]
+    assert not inferer(closed, network).any()
+    opened = closed.clone()
+    opened[:, :, :, 45:, 25:65] = 20.0  # no bone for 80 mm at the back, in no slice
+    with pytest.raises(ReadError, match="found no brain inside a ring of bone"):
+        inferer(opened, network)
 
 
 def test_a_head_that_the_field_of_view_cuts_keeps_its_brain() -> None:

@@ -237,6 +237,7 @@ def test_any_valid_scan(case: Case) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 280 s on a machine that does nothing else
 @settings(max_examples=2000, **HOW)
 @any_case
 def test_very_many_valid_scans(case: Case) -> None:

@@ -6,16 +6,19 @@ blood follow different normal distributions, and expectation-maximisation parts 
 voxels one by one: one mixture for the whole head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cc3d
 import numpy as np
 import torch
+from monai.inferers import SimpleInferer
 from numpy.typing import NDArray
 from scipy import ndimage
 from sklearn.mixture import GaussianMixture
 from torch import nn
+
+from ich_pipeline.errors import ReadError
 
 AIR_HU, BONE_HU = -200, 150
 # What lies between is brain, fluid or blood; above it is calcium.
@@ -61,6 +64,35 @@ class BrainMixture(nn.Module):
         smooth_hu = smooth_inside(image_hu, brain, [self.smoothing_mm / edge for edge in self.pixel_mm])[brain]
         score[brain] = blood_probability(smooth_hu, self.blood_hu)
         return score
+
+
+class MixtureInferer(SimpleInferer):
+    """Runs the mixture, and tells a head without blood from one in which no brain was found.
+
+    Args:
+        spacing_mm: of the model grid: slices, rows, columns.
+    """
+
+    def __init__(self, spacing_mm: Sequence[float]) -> None:
+        super().__init__()
+        self.pixel_mm = (float(spacing_mm[1]), float(spacing_mm[2]))
+
+    def __call__(
+        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """(B, 1, S, R, C) Hounsfield units in, what the network gives out.
+
+        Raises:
+            ReadError: no brain inside a closed skull.
+        """
+        scores = network(inputs, *args, **kwargs)
+        for image_hu, score in zip(inputs, scores, strict=True):
+            if not score.any() and not brain_mask(image_hu[0].cpu().numpy(), self.pixel_mm).any():
+                raise ReadError(
+                    "found no brain inside a ring of bone, expected some in one slice at least. Segment a skull that "
+                    "is open all the way, or no head at all, by another bundle."
+                )
+        return scores
 
 
 def brain_mask(image_hu: NDArray[Any], pixel_mm: Sequence[float]) -> NDArray[np.bool_]:
