@@ -25,6 +25,8 @@ VESSEL_HU, VESSEL_MM, BONE_MARGIN_MM = (130, 600), 40.0, 8.0
 # of twice as much). Nearer the vertex than LARGE_SLICE of the largest area it is cut too flat, and where its area jumps
 # as well the skull is open or out of the field.
 JUMP_MM, LARGE_SLICE, OTHER_AREA = 2.0, 0.7, 0.03
+# Its ends are where this share of its area lies on one side: a single pixel moves none of them.
+ENDS = (0.1, 0.9)
 SLICE_TOLERANCE = 0.1
 RESAMPLING_FACTOR = 3.0
 
@@ -100,18 +102,32 @@ def _longest_vessel_mm(
 
 
 def _largest_jump_mm(inside: NDArray[np.bool_], edge_mm: Sequence[float], slices_up: bool) -> float:
-    """How far the middle of the skull's inside lies off that of its neighbours, from its largest slice upwards."""
+    """How far the skull's inside lies off its neighbours, from its largest slice upwards.
+
+    Both ends of it have to lie off to the same side, and the nearer counts: where the forehead or the face comes into a
+    tilted slice, one end moves alone.
+    """
     inside = inside if slices_up else inside[::-1]
-    area = np.count_nonzero(inside, axis=(1, 2))
+    area = np.count_nonzero(inside, axis=(1, 2)).astype(float)
     last = int(np.flatnonzero(area >= LARGE_SLICE * area.max())[-1])
-    upper = inside[int(area.argmax()) : last + 1]
-    if len(upper) < 3:
+    first = int(area.argmax())
+    area, upper = area[first : last + 1], inside[first : last + 1]
+    if len(upper) < 3 or not area.any():
         return 0.0
-    off_mm = []
+    moved_mm = []
     for axis in (1, 2):
-        profile = upper.sum(axis=3 - axis)
-        centre_mm = profile @ np.arange(profile.shape[1]) / profile.sum(axis=1) * edge_mm[axis]
-        off_mm.append(centre_mm[1:-1] - (centre_mm[:-2] + centre_mm[2:]) / 2)
-    area = np.count_nonzero(upper, axis=(1, 2)).astype(float)
-    other = np.abs(area[1:-1] - (area[:-2] + area[2:]) / 2) > OTHER_AREA * area[1:-1]
-    return float(np.where(other, 0, np.hypot(*off_mm)).max())
+        shares = (
+            upper.sum(axis=3 - axis).cumsum(axis=1) / np.maximum(area, 1)[:, None]
+        )  # a slice without inside moves too far in area to count
+        pixels = np.arange(shares.shape[1])
+        ends_mm = np.array([np.interp(ENDS, share, pixels) for share in shares]) * edge_mm[axis]
+        off_mm = _off_neighbours(ends_mm)
+        same_side = off_mm[:, 0] * off_mm[:, 1] > 0
+        moved_mm.append(np.where(same_side, np.abs(off_mm).min(axis=1), 0))
+    other = np.abs(_off_neighbours(area)) > OTHER_AREA * area[1:-1]
+    return float(np.where(other, 0, np.hypot(*moved_mm)).max())
+
+
+def _off_neighbours(values: NDArray[Any]) -> NDArray[Any]:
+    """How far each but the first and last lies off the middle of its neighbours."""
+    return np.asarray(values[1:-1] - (values[:-2] + values[2:]) / 2)

@@ -49,7 +49,8 @@ def moved(image_hu: NDArray[np.int16], grid: Grid, by_mm: float) -> NDArray[np.i
     return changed
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 7, 10])
+# The last two lean by 24 and 15 degrees: forehead and face come into their slices one after the other.
+@pytest.mark.parametrize("seed", [0, 2, 7, 15793235383387715774, 17001588116213493145])
 def test_plain_heads_have_none(seed: int) -> None:
     scan = make_case("phantom", seed).scan
     assert scan_flags(scan.image_hu, scan.grid) == ()
