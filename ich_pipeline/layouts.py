@@ -272,7 +272,7 @@ def _index_cq500(root: Path) -> list[CaseRecord]:
         case_id = f"{patient}_{re.sub(r'[^A-Za-z0-9.]+', '-', folder.name).strip('-.')}"
         seen[case_id] += 1
         unique = case_id if seen[case_id] == 1 else f"{case_id}_{seen[case_id]}"
-        records.append(CaseRecord(unique, folder, None, patient, extra={"series": folder.name}))
+        records.append(CaseRecord(unique, folder, None, patient))
     return records
 
 

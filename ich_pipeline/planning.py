@@ -86,7 +86,10 @@ def take_fingerprint(manifest: Path | str, on_case: Callable[[str], object] | No
     shapes, spacings, values, weights = [], [], [], []
     for record in records:
         assert record.label is not None
-        scan, (label, _) = read_scan(record.image, record.case_id), read_mask(record.label, record.case_id)
+        scan, (label, _) = (
+            read_scan(record.image, record.case_id, record.series),
+            read_mask(record.label, record.case_id),
+        )
         grid = scan.grid
         shapes.append([grid.shape[axis] for axis in (grid.slice_axis, *grid.plane_axes)])
         spacings.append([grid.slice_spacing_mm, *(grid.edge_mm[axis] for axis in grid.plane_axes)])
