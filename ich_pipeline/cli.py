@@ -287,6 +287,27 @@ def data_index(
     return OK
 
 
+@data_app.command("boxes")
+def data_boxes(
+    manifest: Annotated[Path, typer.Argument(help="a manifest whose cases have labels")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="the table; by default boxes.csv beside the manifest")
+    ] = None,
+    subtypes: Annotated[bool, typer.Option("--subtypes", help="labels hold the values of labels.py")] = False,
+    regions: Annotated[bool, typer.Option(help="a box for every region of a slice, or one for all")] = True,
+) -> int:
+    """Make a table of boxes from the labels of a manifest, to train a detector on.
+
+    Example: ich-pipeline data boxes cases.csv
+    """
+    from ich_pipeline.box_data import BOXES_FILE, boxes_of_labels
+    from ich_pipeline.detection import write_boxes
+
+    boxes = boxes_of_labels(manifest, subtypes=subtypes, regions=regions)
+    print(write_boxes(out or manifest.with_name(BOXES_FILE), boxes))
+    return OK
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit: 0 all done, 1 some cases failed, 2 the call was wrong, 130 interrupted."""
     try:

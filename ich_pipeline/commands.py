@@ -106,6 +106,11 @@ def _members(settings: Settings) -> Members:
         ConfigError: one does not exist, or a key is unknown to one of them.
     """
     found = [(each, each.bundle()) for each in settings.each_bundle()]
+    for _, bundle in found:
+        if bundle.finds_boxes:
+            raise ConfigError(
+                f"{bundle.name} finds boxes and makes no mask. Name a bundle that segments, or evaluate it."
+            )
     return [(bundle, each.config(bundle, "inference")["inference"]) for each, bundle in found]
 
 
@@ -355,7 +360,8 @@ def _train_prepared(bundle: Bundle, settings: Settings, out: Path, *, resume: bo
             run.log_params(config)
             result = train_bundle(bundle, report, resume=resume)
             if rank() == 0:
-                print(f"best validation Dice {result.best_metric:.3f} in epoch {result.best_epoch}: {bundle.path}")
+                metric = "mAP@0.5" if bundle.finds_boxes else "Dice"
+                print(f"best validation {metric} {result.best_metric:.3f} in epoch {result.best_epoch}: {bundle.path}")
                 with without_paths(bundle) as clean:
                     version = run.register_bundle(
                         clean, bundle.name, metric_name=result.metric_name, metric=result.best_metric
@@ -417,6 +423,10 @@ def evaluate(settings: Settings) -> int:
     found = [one.bundle() for one in each]
     for one, bundle in zip(each, found, strict=True):  # a wrong key of the last is said before the first is run
         one.config(bundle, "inference", "evaluate")
+    if any(bundle.finds_boxes for bundle in found):
+        if len(found) > 1:
+            raise ConfigError(f"bundle={settings.run['bundle']}: detectors of boxes are evaluated one at a time.")
+        return _evaluate_boxes(settings, found[0])
     several = len(each) > 1
     names = _unique([bundle.name for bundle in found])
     out = Path(settings.run["out"] or ("evaluation" if several else Path("evaluation") / names[0]))
@@ -438,6 +448,34 @@ def evaluate(settings: Settings) -> int:
     print(out / "paper_tables.md")
     if not several and settings.run["html"]:
         print(out / HTML_NAME)
+    return status
+
+
+def _evaluate_boxes(settings: Settings, bundle: Bundle) -> int:
+    """Evaluate a detector of boxes; the exit status."""
+    configs = settings.config(bundle, "inference", "evaluate")
+    split, out = settings.run["split"], Path(settings.run["out"] or Path("evaluation") / bundle.name)
+
+    from ich_pipeline import tracking
+    from ich_pipeline.box_evaluation import evaluate_boxes
+
+    report = RunReport({"run": settings.run} | configs)
+    report.bundle = {"name": bundle.name, "sha256": bundle.metadata["weights_sha256"]}
+    evaluation = evaluate_boxes(bundle, configs, split, out, report)
+    status = int(bool(evaluation.failed))
+    report.write(out / "run.json", exit_status=status)
+    print((out / "box_scores.md").read_text())
+    with tracking.open_tracker(
+        settings.run["tracking"] is not False,
+        tracking_uri=settings.run["tracking_uri"],
+        experiment=settings.run["experiment"],
+        run_name=settings.run["run_name"] or f"evaluate {bundle.name} {split}",
+        folder=Path.cwd(),
+    ) as run:
+        manifest = Path(configs["evaluate"]["data"])
+        run.set_tags(tracking.provenance_tags(manifest=manifest) | {"split": split, "bundle": bundle.name})
+        run.log_params(configs["inference"])
+        run.log_metrics(evaluation.metrics(), step=0)
     return status
 
 
