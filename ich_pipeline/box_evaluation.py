@@ -132,7 +132,7 @@ def evaluate_boxes(
     for path in (Path(settings["data"]), table):
         report.add_input(path)
     with report.stage("start"):
-        network = load_detector(bundle.path, inference["device"], **_changes(inference))
+        network = load_detector(bundle.path, inference["device"], inference)
         names = {
             "batch_size": "slices_at_once",
             "amp": "amp",
@@ -178,10 +178,6 @@ def evaluate_boxes(
     synthetic = "synthetic phantoms, " if Path(settings["data"]).with_name(PHANTOM_FILE).is_file() else ""
     write_text(out / "box_scores.md", markdown(evaluation, f"{synthetic}{Path(settings['data']).name}, split {split}"))
     return evaluation
-
-
-def _changes(inference: Config) -> dict[str, Any]:
-    return {key: value for key, value in inference.items() if key != "bundle_root"}
 
 
 def _rows(evaluation: BoxEvaluation) -> list[dict[str, Any]]:

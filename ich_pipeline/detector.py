@@ -7,7 +7,7 @@ windowing: build it from `network_def` of the detector's inference.yaml and give
 `load_detector(folder)` for a trained run's `bundle/`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,20 +151,22 @@ def _scored(case_id: str, k: int, rows: Tensor, view: SliceView) -> list[ScoredB
     ]
 
 
-def load_detector(folder: Path | str, device: str | torch.device = "auto", **changes: Any) -> SliceDetector:
+def load_detector(
+    folder: Path | str, device: str | torch.device = "auto", changes: Mapping[str, Any] | None = None
+) -> SliceDetector:
     """The network of a trained detector, in evaluation mode.
 
     Args:
         folder: a bundle, such as `runs/NAME/bundle` of a training with stage=detector.
         device: see `engines.pick_device`.
-        changes: keys of its inference.yaml, such as score_threshold.
+        changes: keys of its inference.yaml with other values, such as score_threshold.
 
     Raises:
         ConfigError: no bundle, or one that is not trained, whose weights are not those of its metadata, or whose
             network is no detector.
     """
     bundle = find_bundle(str(folder))
-    parser = ConfigParser({**bundle.config("inference"), **changes, "bundle_root": str(bundle.path)})
+    parser = ConfigParser({**bundle.config("inference"), **(changes or {}), "bundle_root": str(bundle.path)})
     network = parser.get_parsed_content("network_def")
     if not isinstance(network, SliceDetector):
         raise ConfigError(f"{folder}: its network is a {type(network).__name__}, expected a detector of boxes.")

@@ -99,7 +99,7 @@ class LossWeights:
 
     box: float = 0.05
     objectness: float = 1.0
-    subtype: float = 0.5
+    subtype: float = 0.03
     levels: tuple[float, ...] = (4.0, 1.0, 0.4)
 
 
