@@ -156,6 +156,20 @@ def train(words: Words) -> int:
 
 
 @app.command()
+def tune(
+    words: Words,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="trainings, those of earlier calls included")] = 40,
+) -> int:
+    """Search for training settings by a genetic algorithm over whole trainings; the same command goes on.
+
+    Example: ich-pipeline tune bundle=yolov5_transdeeplab stage=detector data=cases.csv out=tuning epochs=20 --trials 40
+    """
+    from ich_pipeline import commands
+
+    return commands.tune(commands.Settings.of(words), trials)
+
+
+@app.command()
 def plan(
     words: Words,
     memory_gb: Annotated[float, typer.Option("--memory-gb", help="of the GPU that trains")] = 8.0,
