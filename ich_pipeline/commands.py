@@ -321,13 +321,17 @@ def train(settings: Settings) -> int:
             f"{source.name} has nothing to train: it needs no weights. Use it as it is (ich-pipeline segment ... "
             f"bundle={source.name})."
         )
-    settings.config(source, *TRAIN_CONFIGS)
+    config = settings.config(source, *TRAIN_CONFIGS)["train"]
 
     from ich_pipeline.training import prepare_run, process_group, rank, wait_for_all
 
     out = Path(settings.run["out"] or Path("runs") / source.name)
     with process_group(settings.overrides.get("device", "auto")):
         if rank() == 0:
+            if source.finds_boxes and not resume:
+                from ich_pipeline.box_data import load_box_cases
+
+                load_box_cases(config["data"], config["boxes"], config["fold"])  # refuses before a folder is made
             prepare_run(source, settings, out, resume=resume)
         wait_for_all()
         return _train_prepared(bundles.find_bundle(str(out / "bundle")), settings, out, resume=resume)

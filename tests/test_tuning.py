@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from ich_pipeline.errors import ConfigError, IchError
+from ich_pipeline.errors import ConfigError, IchError, ManifestError
 from ich_pipeline.tuning import Range, read_space, search
 
 optuna = pytest.importorskip("optuna", reason="the extra `tune` is not installed")
@@ -74,6 +74,14 @@ def test_a_training_that_diverges_is_a_failed_trial(tmp_path: Path, capsys: pyte
     assert "trial 1: the training has diverged" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "tuning.csv").open(newline="")))
     assert [row["status"] for row in rows] == ["ok", "failed", "ok", "ok"]
+
+
+def test_wrong_settings_are_no_failed_trial(tmp_path: Path) -> None:
+    def refuse(home: Path, chosen: Mapping[str, float], begun: bool) -> None:
+        raise ManifestError("no such table")
+
+    with pytest.raises(ManifestError, match="no such table"):
+        search(tmp_path, SPACE, DEFAULTS, 2, refuse)
 
 
 def test_no_trial_that_succeeds_is_an_error(tmp_path: Path) -> None:
