@@ -530,6 +530,7 @@ def _evaluate_boxes(settings: Settings, bundle: Bundle) -> int:
 
     from ich_pipeline import tracking
     from ich_pipeline.box_evaluation import evaluate_boxes
+    from ich_pipeline.manifest import read_manifest
 
     report = RunReport({"run": settings.run} | configs)
     report.bundle = {"name": bundle.name, "sha256": bundle.metadata["weights_sha256"]}
@@ -537,14 +538,15 @@ def _evaluate_boxes(settings: Settings, bundle: Bundle) -> int:
     status = int(bool(evaluation.failed))
     report.write(out / "run.json", exit_status=status)
     print((out / "box_scores.md").read_text())
+    manifest = Path(configs["evaluate"]["data"])
     with tracking.open_tracker(
         settings.run["tracking"] is not False,
         tracking_uri=settings.run["tracking_uri"],
         experiment=settings.run["experiment"],
         run_name=settings.run["run_name"] or f"evaluate {bundle.name} {split}",
         folder=Path.cwd(),
+        patient_ids=[case.patient_id for case in read_manifest(manifest)],
     ) as run:
-        manifest = Path(configs["evaluate"]["data"])
         run.set_tags(tracking.provenance_tags(manifest=manifest) | {"split": split, "bundle": bundle.name})
         run.log_params(configs["inference"])
         run.log_metrics(evaluation.metrics(), step=0)

@@ -251,3 +251,34 @@ def test_a_detector_makes_no_mask(run: Path, tmp_path: Path) -> None:
 def test_a_network_that_finds_no_boxes_is_no_detector() -> None:
     with pytest.raises(ConfigError, match="expected a detector of boxes"):
         load_detector("unet3d", "cpu")
+
+
+# --- search ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_trains_and_nests_its_runs(cases: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="the extra `tune` is not installed")
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    more = ("tracking=true", f"tracking_uri={uri}", "epochs=1", "iterations=1", "learning_rate=0.001")
+    for trials in (1, 2):  # the second call goes on
+        assert commands.tune(Settings.of(words(cases, tmp_path / "out", *more)), trials) == 0
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.info.run_name for run in parents] == ["tune yolov5_transdeeplab_detector"]
+    nested = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    assert sorted(run.info.run_name for run in nested) == ["trial_0000", "trial_0001"]
+    assert all("train/loss" in run.data.metrics for run in nested)
+    assert list(client.search_registered_models()) == []
+    rows = list(csv.DictReader((tmp_path / "out/tuning.csv").open(newline="")))
+    assert [row["trial"] for row in rows] == ["0", "1"]
+    assert "learning_rate" not in rows[0]  # what is given does not vary
+    used = Bundle(tmp_path / "out/trial_0001/bundle").config("train")
+    assert used["variation"]["scale"] == pytest.approx(float(rows[1]["variation.scale"]))
+
+
+def test_a_bundle_that_says_nothing_of_what_may_vary_is_not_searched() -> None:
+    with pytest.raises(ConfigError, match=r"no configs/tuning\.yaml"):
+        commands.tune(Settings.of(["bundle=unet3d"]), 1)
