@@ -1,8 +1,6 @@
 """Boxes around hemorrhages, slice by slice, and how well a detector's boxes agree with the label's.
 
-The files are those of `ich-pipeline phantom`: boxes.csv, a row a box. `evaluate` of a detector bundle will read one
-table of the bundle's boxes and one of the label's (or take `boxes_of_mask` of the label), name every case of the split
-with its number of slices and its patient, and put `average_precision` beside the scores of masks.
+The files are those of `ich-pipeline phantom`: boxes.csv, a row a box. `box_evaluation` scores a detector by them.
 """
 
 import csv
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 
 from ich_pipeline.bootstrap import Estimate, Floats, Resampler, percentile_estimate
 from ich_pipeline.errors import ManifestError
+from ich_pipeline.files import write_csv_rows
 from ich_pipeline.labels import Subtype
 from ich_pipeline.records import NativeMask
 from ich_pipeline.volumetry import subtype_values
@@ -114,6 +113,13 @@ def _box(cells: Mapping[Any, Any]) -> ScoredBox:
     i0, j0, i1, j1 = (int(n) if n.is_integer() else n for n in numbers)  # whole ones slice an array
     score = float(cells.get("score", 1.0))
     return ScoredBox(cells["case_id"].strip(), int(cells["slice"]), cells["subtype"].strip(), i0, j0, i1, j1, score)
+
+
+def write_boxes(path: Path | str, boxes: Sequence[Box]) -> Path:
+    """A table that `read_boxes` reads, with the column `score` where the boxes have one; returns its path."""
+    scored = any(isinstance(box, ScoredBox) for box in boxes)
+    write_csv_rows(path, map(vars, boxes), (*BOX_COLUMNS, "score") if scored else BOX_COLUMNS)
+    return Path(path)
 
 
 def boxes_of_mask(case_id: str, mask: NativeMask, *, subtypes: bool = False, regions: bool = True) -> list[Box]:
