@@ -12,14 +12,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from monai.bundle import ConfigParser
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from numpy.typing import NDArray
 
+from ich_pipeline.bundles import Bundle, is_bundle
 from ich_pipeline.detection import ANY, Box, boxes_of_mask, read_boxes
-from ich_pipeline.detector import all_boxes, detect, load_detector
 from ich_pipeline.errors import ConfigError, ManifestError
+from ich_pipeline.files import sha256_of
 from ich_pipeline.geometry import Affine, Grid, require_same_grid
 from ich_pipeline.reading import default_case_id, read_mask
 from ich_pipeline.records import CaseRecord, NativeMask, Scan
@@ -136,13 +138,25 @@ def open_detector(folder: Path | str, device: str | torch.device = "auto") -> De
     Raises:
         ConfigError: no such bundle, or as `detector.load_detector`.
     """
-    if not (Path(folder) / "configs").is_dir():
+    # Here, not above: torchvision takes its time, and no other source needs it.
+    from ich_pipeline.detector import all_boxes, detect, load_detector
+
+    network = load_detector(find_detector(folder).path, device)
+    return lambda scan: all_boxes(detect(network, scan))
+
+
+def find_detector(folder: Path | str) -> Bundle:
+    """The bundle of a trained detector.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not is_bundle(Path(folder)):
         raise ConfigError(
             f"boxes=network: no detector at {folder}. Train one and name its folder (detector=runs/NAME/bundle), give "
             "boxes=FILE.csv with boxes of your own, or boxes=whole for whole slices."
         )
-    network = load_detector(folder, device)
-    return lambda scan: all_boxes(detect(network, scan))
+    return Bundle(Path(folder).resolve())
 
 
 def box_source(boxes: str, detector: Path | str, device: str | torch.device = "auto") -> BoxSource:
@@ -161,26 +175,69 @@ def box_source(boxes: str, detector: Path | str, device: str | torch.device = "a
         return DetectorBoxes(open_detector(detector, device))
     if boxes == LABEL:
         return LabelBoxes()
-    if boxes == WHOLE:
-        return WholeSlices()
-    if Path(boxes).suffix.lower() != ".csv":
-        raise ConfigError(f"boxes={boxes}: expected {', '.join(SOURCES)} or a table, FILE.csv")
-    return FileBoxes(boxes)
+    table = table_of(boxes)
+    return WholeSlices() if table is None else FileBoxes(table)
 
 
-def check_cases(boxes: Path | str, cases: Sequence[CaseRecord]) -> None:
-    """Refuse a table of boxes that names a case which is not there: a mistyped name would leave a scan empty.
+def table_of(boxes: str) -> Path | None:
+    """The table that a config's `boxes` names, None where it names another source.
 
     Raises:
+        ConfigError: neither.
+    """
+    if boxes in SOURCES:
+        return None
+    if Path(boxes).suffix.lower() != ".csv":
+        raise ConfigError(f"boxes={boxes}: expected {', '.join(SOURCES)} or a table, FILE.csv")
+    return Path(boxes)
+
+
+def check_cases(config: Mapping[str, Any], cases: Sequence[CaseRecord]) -> None:
+    """Refuse a table of boxes that names a case which is not there: a mistyped name would leave a scan empty.
+
+    Args:
+        config: `inference.yaml`; one without a first stage that finds boxes is passed over.
+        cases: all that the table may name.
+
+    Raises:
+        ConfigError: `boxes` is no source.
         ManifestError: names the case.
     """
+    table = table_of(str(config["boxes"])) if has_boxes(config) else None
+    if table is None:
+        return
     known = {case.case_id for case in cases}
-    unknown = [case_id for case_id in FileBoxes(boxes).by_case if case_id not in known]
+    unknown = [case_id for case_id in FileBoxes(table).by_case if case_id not in known]
     if unknown:
+        some = f"{', '.join(sorted(known)[:5])}{' ...' if len(known) > 5 else ''}"
         raise ManifestError(
-            f"{Path(boxes).name}: boxes of case {unknown[0]!r} ({len(unknown)} such cases), expected cases among "
-            f"{', '.join(sorted(known)[:5])}{' ...' if len(known) > 5 else ''}. Correct case_id, or give its scan."
+            f"{table.name}: boxes of case {unknown[0]!r} ({len(unknown)} such cases), expected cases among {some}. "
+            "Correct case_id, or give its scan."
         )
+
+
+def has_boxes(config: Mapping[str, Any]) -> bool:
+    """Whether a bundle's config has a first stage that finds boxes."""
+    return {"boxes", "detector"} <= config.keys()
+
+
+def boxes_sha256(bundle: Bundle, config: Mapping[str, Any]) -> dict[str, str | None]:
+    """Hash of what the boxes come from, to be recorded: a table, or a detector's weights; empty for other sources.
+
+    A table that was corrected and a detector that was trained again keep their paths, and give other masks.
+
+    Raises:
+        ConfigError: `boxes` is no source, or the detector is not there.
+        ManifestError: the table cannot be read.
+    """
+    if not has_boxes(config):
+        return {}
+    if config["boxes"] == NETWORK:
+        root = {"bundle_root": str(bundle.path), "detector": config["detector"]}
+        folder = Path(ConfigParser(root).get_parsed_content("detector"))
+        return {"boxes_sha256": find_detector(folder).metadata["weights_sha256"]}
+    table = table_of(str(config["boxes"]))
+    return {} if table is None else {"boxes_sha256": sha256_of(FileBoxes(table).path)}
 
 
 def plane_shape(grid: Grid) -> tuple[int, int]:

@@ -89,7 +89,8 @@ class SwinEncoder(nn.Module):
 
     def __init__(self, dim: int, depths: Sequence[int], head_channels: int, window: int, drop_path: float) -> None:
         super().__init__()
-        self.embed = PatchEmbed(PATCH, in_chans=1, embed_dim=dim, norm_layer=nn.LayerNorm, spatial_dims=2)
+        # Without Swin's norm here: of a flat patch it leaves the sign, and on CT how dense a patch is says what it is.
+        self.embed = PatchEmbed(PATCH, in_chans=1, embed_dim=dim, norm_layer=None, spatial_dims=2)
         rates = torch.linspace(0, drop_path, sum(depths)).tolist()
         self.stages, self.merges = nn.ModuleList(), nn.ModuleList()
         for n, depth in enumerate(depths):
@@ -100,7 +101,7 @@ class SwinEncoder(nn.Module):
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
         """(N, 1, H, W) to a (N, dim 2^n, H / 4 / 2^n, W / 4 / 2^n) map of each stage."""
-        tokens = self.embed(image)
+        tokens = self.embed(4 * image - 2)  # around 0, as weights expect
         maps = []
         for n, stage in enumerate(self.stages):
             if n:
