@@ -103,8 +103,8 @@ def main() -> None:
     write_comparison([each for _, _, each in found], given.out)
     text = [
         f"{given.cases} synthetic phantoms, preset {given.preset}, {machine()['cores']} cores, "
-        f"{datetime.now(UTC):%Y-%m-%d}. Bleeding scans; brackets: 95 % bootstrap interval. Published: means over slices of "
-        "patients.",
+        f"{datetime.now(UTC):%Y-%m-%d}. Bleeding scans; brackets: 95 % bootstrap interval. Published: means over "
+        "slices of patients.",
         "" if given.detector else "\nNo detector was named: no row with predicted boxes.",
         "",
         "| first stage | segmenter | Dice | IoU | missed | s a case | published Dice, IoU |",

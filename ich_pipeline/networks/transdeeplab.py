@@ -23,7 +23,7 @@ SEGMENTERS = ("transdeeplab", "swinunet", "em")
 def build_segmenter(
     name: str,
     depths: Mapping[str, Sequence[int]],
-    window_hu: Sequence[float],
+    window_hu: Sequence[float] | str,
     blood_hu: float,
     dim: int = 96,
     head_channels: int = 32,
@@ -36,7 +36,7 @@ def build_segmenter(
     Args:
         name: one of SEGMENTERS.
         depths: Swin blocks of each encoder stage, by name.
-        window_hu: what 0 and 1 of the crop stand for.
+        window_hu: what 0 and 1 of the crop stand for; see `WindowHUd`.
         blood_hu: see `CropMixture`.
         dim: channels of the first stage; each further stage has twice as many.
         head_channels: channels of an attention head.
@@ -45,9 +45,11 @@ def build_segmenter(
         drop_path: share of blocks left out in training, rising from 0 to this with depth.
 
     Raises:
-        ConfigError: no such segmenter.
+        ConfigError: no such segmenter, or `em` with windows that differ from scan to scan.
     """
     if name == "em":
+        if isinstance(window_hu, str):
+            raise ConfigError(f"segmenter=em with window_hu={window_hu}: expected one window in HU, such as [0, 80].")
         return CropMixture(window_hu, blood_hu)
     if name == "transdeeplab":
         return TransDeepLab(dim, depths[name], head_channels, window, pyramid_windows, drop_path)
