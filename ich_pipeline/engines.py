@@ -200,8 +200,11 @@ def to_openvino(network: nn.Module, amp: str | bool) -> nn.Module:
     """The network with its stages (or all of it) run by OpenVINO.
 
     Raises:
-        ConfigError: the extra `openvino` is not installed, or the network is not on the CPU.
+        ConfigError: the network says that it cannot be converted, the extra `openvino` is not installed, or the
+            network is not on the CPU.
     """
+    if getattr(network, "torch_only", False):
+        raise ConfigError(f"engine=openvino: {type(network).__name__} runs in PyTorch only. Use engine=torch.")
     try:
         import openvino  # noqa: F401
     except ImportError as error:

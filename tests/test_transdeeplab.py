@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ich_pipeline.engines import to_openvino
 from ich_pipeline.errors import ConfigError
 from ich_pipeline.networks.transdeeplab import (
     CrossAttentionFusion,
@@ -106,6 +107,12 @@ def test_mixture_needs_no_weights_and_finds_a_dense_patch() -> None:
     assert not blood[:, :3].any()
     assert blood.sum() < 1.1 * 20 * 22
     assert foreground(network, torch.ones(1, 1, 8, 8)).max() < 1e-3  # bone only
+
+
+@pytest.mark.parametrize("name", ["transdeeplab", "swinunet", "em"])
+def test_openvino_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"engine=openvino: \w+ runs in PyTorch only"):
+        to_openvino(small(name).eval(), "off")
 
 
 def test_another_segmenter_is_refused() -> None:

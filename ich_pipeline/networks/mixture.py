@@ -76,6 +76,8 @@ class CropMixture(nn.Module):
         blood_hu: see `BrainMixture`.
     """
 
+    torch_only = True  # scikit-learn fits it
+
     def __init__(self, window_hu: Sequence[float], blood_hu: float = 45.0) -> None:
         super().__init__()
         self.low_hu, self.high_hu = float(window_hu[0]), float(window_hu[1])

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from ich_pipeline.errors import ConfigError
 from ich_pipeline.networks.mixture import CropMixture
 
+# Tracing, which OpenVINO needs, would fix the masks of shifted windows at the size that it was shown.
+TORCH_ONLY = True
 PATCH = 4  # pixels along the edge of a token, as in every Swin network
 SEGMENTERS = ("transdeeplab", "swinunet", "em")
 
@@ -165,6 +167,8 @@ class TransDeepLab(nn.Module):
         drop_path: likewise.
     """
 
+    torch_only = TORCH_ONLY
+
     def __init__(
         self,
         dim: int,
@@ -193,6 +197,8 @@ class TransDeepLab(nn.Module):
 
 class SwinUNet(nn.Module):
     """U-Net in Swin blocks: every stage's map goes to the decoder (arguments: see `build_segmenter`)."""
+
+    torch_only = TORCH_ONLY
 
     def __init__(self, dim: int, depths: Sequence[int], head_channels: int, window: int, drop_path: float) -> None:
         super().__init__()
