@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ich_pipeline.bundles import Bundle, is_bundle
 from ich_pipeline.detection import ANY, Box, boxes_of_mask, read_boxes
-from ich_pipeline.errors import ConfigError, ManifestError
+from ich_pipeline.errors import ConfigError, ManifestError, own_errors
 from ich_pipeline.files import sha256_of
 from ich_pipeline.geometry import Affine, Grid, require_same_grid
 from ich_pipeline.reading import default_case_id, read_mask
@@ -136,13 +136,12 @@ def open_detector(folder: Path | str, device: str | torch.device = "auto") -> De
     """The detector of a trained bundle; its weights have a hash of their own in its metadata.
 
     Raises:
-        ConfigError: no such bundle, or as `detector.load_detector`.
+        ConfigError: no such bundle, or its weights are not those of its metadata.
     """
-    # Here, not above: torchvision takes its time, and no other source needs it.
-    from ich_pipeline.detector import all_boxes, detect, load_detector
-
-    network = load_detector(find_detector(folder).path, device)
-    return lambda scan: all_boxes(detect(network, scan))
+    bundle = find_detector(folder)
+    parser = ConfigParser({**bundle.config("inference"), "bundle_root": str(bundle.path), "device": str(device)})
+    with own_errors():
+        return parser.get_parsed_content("finder")
 
 
 def find_detector(folder: Path | str) -> Bundle:
@@ -151,12 +150,14 @@ def find_detector(folder: Path | str) -> Bundle:
     Raises:
         ConfigError: there is none.
     """
-    if not is_bundle(Path(folder)):
+    bundle = Bundle(Path(folder).resolve())
+    if not (is_bundle(bundle.path) and bundle.finds_boxes and bundle.weights):
         raise ConfigError(
-            f"boxes=network: no detector at {folder}. Train one and name its folder (detector=runs/NAME/bundle), give "
-            "boxes=FILE.csv with boxes of your own, or boxes=whole for whole slices."
+            f"boxes=network: no trained detector at {folder}. Train one (ich-pipeline train bundle=yolov5_transdeeplab "
+            "stage=detector) and name its folder (detector=runs/NAME/bundle), give boxes=FILE.csv with boxes of your "
+            "own, or boxes=whole for whole slices."
         )
-    return Bundle(Path(folder).resolve())
+    return bundle
 
 
 def box_source(boxes: str, detector: Path | str, device: str | torch.device = "auto") -> BoxSource:

@@ -60,6 +60,11 @@ class Bundle:
         return bool(self.metadata.get("needs_weights", True))
 
     @property
+    def finds_boxes(self) -> bool:
+        """True for a detector, which gives boxes and no mask: its metadata say `"finds": "boxes"`."""
+        return self.metadata.get("finds") == "boxes"
+
+    @property
     def missing_packages(self) -> list[str]:
         """What its metadata require and is not installed, as pip takes it: `name>=version`."""
         required = self.metadata.get("required_packages_version", {})
@@ -169,6 +174,23 @@ def find_bundle(name: str) -> Bundle:
     if name in bundles:
         return bundles[name]
     raise ConfigError(f"no bundle '{name}'; {did_you_mean(name, bundles)}")
+
+
+def find_stage(name: str, stage: str) -> Bundle:
+    """A bundle's stage that is trained and used alone: a bundle in a folder of the bundle's.
+
+    Raises:
+        ConfigError: no such bundle, or it has no such stage; the message lists what there is.
+    """
+    given = Path(name)
+    roots = [given] if given.exists() else [Path("bundles") / name, resource("bundles") / name]
+    there = [root for root in roots if root.is_dir()]
+    if not there:
+        find_bundle(name)  # says what there is
+    stages = {p.name: p for root in reversed(there) for p in sorted(root.iterdir()) if is_bundle(p)}
+    if stage not in stages:
+        raise ConfigError(f"{name} has no stage '{stage}'; {did_you_mean(stage, stages)}")
+    return Bundle(stages[stage].resolve())
 
 
 def require_packages(bundle: Bundle) -> Bundle:

@@ -156,6 +156,20 @@ def train(words: Words) -> int:
 
 
 @app.command()
+def tune(
+    words: Words,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="trainings, those of earlier calls included")] = 40,
+) -> int:
+    """Search for training settings by a genetic algorithm over whole trainings; the same command goes on.
+
+    Example: ich-pipeline tune bundle=yolov5_transdeeplab stage=detector data=cases.csv out=tuning epochs=20 --trials 40
+    """
+    from ich_pipeline import commands
+
+    return commands.tune(commands.Settings.of(words), trials)
+
+
+@app.command()
 def plan(
     words: Words,
     memory_gb: Annotated[float, typer.Option("--memory-gb", help="of the GPU that trains")] = 8.0,
@@ -284,6 +298,27 @@ def data_index(
         found = boxes_of_bhx(boxes, records)
         write_csv_rows(target.parent / "boxes.csv", map(vars, found), BOX_COLUMNS)
         print(target.parent / "boxes.csv")
+    return OK
+
+
+@data_app.command("boxes")
+def data_boxes(
+    manifest: Annotated[Path, typer.Argument(help="a manifest whose cases have labels")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="the table; by default boxes.csv beside the manifest")
+    ] = None,
+    subtypes: Annotated[bool, typer.Option("--subtypes", help="labels hold the values of labels.py")] = False,
+    regions: Annotated[bool, typer.Option(help="a box for every region of a slice, or one for all")] = True,
+) -> int:
+    """Make a table of boxes from the labels of a manifest, to train a detector on.
+
+    Example: ich-pipeline data boxes cases.csv
+    """
+    from ich_pipeline.box_data import BOXES_FILE, boxes_of_labels
+    from ich_pipeline.detection import write_boxes
+
+    boxes = boxes_of_labels(manifest, subtypes=subtypes, regions=regions)
+    print(write_boxes(out or manifest.with_name(BOXES_FILE), boxes))
     return OK
 
 

@@ -2,7 +2,10 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +109,11 @@ def _members(settings: Settings) -> Members:
         ConfigError: one does not exist, or a key is unknown to one of them.
     """
     found = [(each, each.bundle()) for each in settings.each_bundle()]
+    for _, bundle in found:
+        if bundle.finds_boxes:
+            raise ConfigError(
+                f"{bundle.name} finds boxes and makes no mask. Name a bundle that segments, or evaluate it."
+            )
     return [(bundle, each.config(bundle, "inference")["inference"]) for each, bundle in found]
 
 
@@ -334,7 +342,7 @@ def train(settings: Settings) -> int:
 def _train_prepared(bundle: Bundle, settings: Settings, out: Path, *, resume: bool) -> int:
     from ich_pipeline import tracking
     from ich_pipeline.manifest import read_manifest
-    from ich_pipeline.training import RUN_ID_FILE, rank, train_bundle, without_paths
+    from ich_pipeline.training import RUN_ID_FILE, rank, train_bundle
 
     config = bundle.config("train")
     report = RunReport({"run": settings.run, "train": config}, seeds={"seed": config["seed"]})
@@ -358,16 +366,15 @@ def _train_prepared(bundle: Bundle, settings: Settings, out: Path, *, resume: bo
                 with atomic_path(run_id_file) as temporary:
                     temporary.write_text(run.run_id)
             run.set_tags(tracking.provenance_tags(manifest=manifest, seeds={"seed": config["seed"]}))
+            if settings.run["parent_run"]:
+                run.set_tags({"mlflow.parentRunId": settings.run["parent_run"]})
             run.log_params(config)
             result = train_bundle(bundle, report, resume=resume)
             if rank() == 0:
-                print(f"best validation Dice {result.best_metric:.3f} in epoch {result.best_epoch}: {bundle.path}")
-                with without_paths(bundle) as clean:
-                    version = run.register_bundle(
-                        clean, bundle.name, metric_name=result.metric_name, metric=result.best_metric
-                    )
-                if version:
-                    print(f"registered as models:/{bundle.name}/{version}")
+                metric = "mAP@0.5" if bundle.finds_boxes else "Dice"
+                print(f"best validation {metric} {result.best_metric:.3f} in epoch {result.best_epoch}: {bundle.path}")
+                if not settings.run["parent_run"]:
+                    _register(run, bundle, result)
         status = 0
     except KeyboardInterrupt:
         status = 130
@@ -377,6 +384,73 @@ def _train_prepared(bundle: Bundle, settings: Settings, out: Path, *, resume: bo
             report.bundle = {"name": bundle.name, "sha256": bundle.metadata["weights_sha256"]}
             report.write(out / "run.json", exit_status=status)
     return status
+
+
+def _register(run: Any, bundle: Bundle, result: Any) -> None:
+    from ich_pipeline.training import without_paths
+
+    with without_paths(bundle) as clean:
+        version = run.register_bundle(clean, bundle.name, metric_name=result.metric_name, metric=result.best_metric)
+    if version:
+        print(f"registered as models:/{bundle.name}/{version}")
+
+
+def tune(settings: Settings, trials: int) -> int:
+    """Search for training settings by genetic search; each trial is a training, tracked below the search's run.
+
+    Returns:
+        0.
+
+    Raises:
+        ConfigError: wrong settings, the bundle does not say what may vary, Optuna is not installed, or `out` holds a
+            search over other keys.
+    """
+    source, overrides = settings.bundle(), dict(settings.overrides)
+    if "tuning" not in source.config_names:
+        raise ConfigError(f"{source.name} has no configs/tuning.yaml that says what may vary.")
+    config = settings.config(source, *TRAIN_CONFIGS)["train"]
+    try:
+        from ich_pipeline import tuning
+    except ModuleNotFoundError as error:
+        raise ConfigError('tune needs the extra: pip install "ich-pipeline[tune]"') from error
+
+    from ich_pipeline import tracking
+
+    out = Path(settings.run["out"] or Path("tuning") / source.name)
+    # What was given is the same for all trials.
+    space = {key: each for key, each in tuning.read_space(source.config("tuning")).items() if key not in overrides}
+    defaults: dict[str, Any] = {key: reduce(getitem, key.split("."), config) for key in space}
+    run_id_file = out / "mlflow_run_id"
+
+    @contextmanager
+    def tracked() -> Iterator[Any]:
+        with tracking.open_tracker(
+            settings.run["tracking"] is not False,
+            tracking_uri=settings.run["tracking_uri"],
+            experiment=settings.run["experiment"],
+            run_name=settings.run["run_name"] or f"tune {source.name}",
+            resume_run_id=run_id_file.read_text().strip() if run_id_file.is_file() else None,
+            folder=Path.cwd(),
+        ) as run:
+            yield run
+
+    with tracked() as run:
+        if run.run_id:
+            out.mkdir(parents=True, exist_ok=True)
+            run_id_file.write_text(run.run_id)
+        run.log_params({"trials": trials, "space": {key: vars(each) for key, each in space.items()}})
+        parent = run.run_id
+
+    def train_once(home: Path, chosen: Mapping[str, float], begun: bool) -> None:
+        own = {**settings.run, "out": str(home), "run_name": home.name, "parent_run": parent}
+        train(Settings(own, {**overrides, **({"resume": True} if begun else chosen)}))
+
+    best, chosen = tuning.search(out, space, defaults, trials, train_once)
+    with tracked() as run:
+        run.log_metrics({"best": best}, step=trials)
+        run.set_tags({f"best.{key}": value for key, value in chosen.items()})
+    print(f"best of {trials} trials {best:.3f}; to train with it: variant={out / tuning.BEST_FILE}")
+    return 0
 
 
 def plan(settings: Settings, memory_gb: float) -> int:
@@ -423,6 +497,10 @@ def evaluate(settings: Settings) -> int:
     found = [one.bundle() for one in each]
     for one, bundle in zip(each, found, strict=True):  # a wrong key of the last is said before the first is run
         one.config(bundle, "inference", "evaluate")
+    if any(bundle.finds_boxes for bundle in found):
+        if len(found) > 1:
+            raise ConfigError(f"bundle={settings.run['bundle']}: detectors of boxes are evaluated one at a time.")
+        return _evaluate_boxes(settings, found[0])
     several = len(each) > 1
     names = _unique([bundle.name for bundle in found])
     out = Path(settings.run["out"] or ("evaluation" if several else Path("evaluation") / names[0]))
@@ -444,6 +522,34 @@ def evaluate(settings: Settings) -> int:
     print(out / "paper_tables.md")
     if not several and settings.run["html"]:
         print(out / HTML_NAME)
+    return status
+
+
+def _evaluate_boxes(settings: Settings, bundle: Bundle) -> int:
+    """Evaluate a detector of boxes; the exit status."""
+    configs = settings.config(bundle, "inference", "evaluate")
+    split, out = settings.run["split"], Path(settings.run["out"] or Path("evaluation") / bundle.name)
+
+    from ich_pipeline import tracking
+    from ich_pipeline.box_evaluation import evaluate_boxes
+
+    report = RunReport({"run": settings.run} | configs)
+    report.bundle = {"name": bundle.name, "sha256": bundle.metadata["weights_sha256"]}
+    evaluation = evaluate_boxes(bundle, configs, split, out, report)
+    status = int(bool(evaluation.failed))
+    report.write(out / "run.json", exit_status=status)
+    print((out / "box_scores.md").read_text())
+    with tracking.open_tracker(
+        settings.run["tracking"] is not False,
+        tracking_uri=settings.run["tracking_uri"],
+        experiment=settings.run["experiment"],
+        run_name=settings.run["run_name"] or f"evaluate {bundle.name} {split}",
+        folder=Path.cwd(),
+    ) as run:
+        manifest = Path(configs["evaluate"]["data"])
+        run.set_tags(tracking.provenance_tags(manifest=manifest) | {"split": split, "bundle": bundle.name})
+        run.log_params(configs["inference"])
+        run.log_metrics(evaluation.metrics(), step=0)
     return status
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ich_pipeline.bootstrap import Estimate, Floats, Resampler, percentile_estimate
 from ich_pipeline.errors import ManifestError
+from ich_pipeline.files import write_csv_rows
 from ich_pipeline.labels import Subtype
 from ich_pipeline.records import NativeMask
 from ich_pipeline.volumetry import subtype_values
@@ -124,6 +125,13 @@ def _boxes(cells: Mapping[Any, Any]) -> list[ScoredBox]:
         )
     names = cells["case_id"].strip(), cells["subtype"].strip()
     return [ScoredBox(names[0], k, names[1], i0, j0, i1, j1, score) for k in range(first, stop)]
+
+
+def write_boxes(path: Path | str, boxes: Sequence[Box]) -> Path:
+    """A table that `read_boxes` reads, with the column `score` where the boxes have one; returns its path."""
+    scored = any(isinstance(box, ScoredBox) for box in boxes)
+    write_csv_rows(path, map(vars, boxes), (*BOX_COLUMNS, "score") if scored else BOX_COLUMNS)
+    return Path(path)
 
 
 def boxes_of_mask(case_id: str, mask: NativeMask, *, subtypes: bool = False, regions: bool = True) -> list[Box]:

@@ -1,13 +1,13 @@
 """Boxes of a scan by a trained detector.
 
 For other stages: `detect(network, scan)` gives the boxes of every native axial slice, `detect_in_slices(network,
-slices_hu)` those of any slices that lie as a radiologist looks at them (rows to the back, columns to the patient's left,
-as the model grid SPL has them), in pixels of these slices. The network is a `SliceDetector`, which does its own
+slices_hu)` those of any slices that lie as a radiologist looks at them (rows to the back, columns to the patient's
+left, as the model grid SPL has them), in pixels of these slices. The network is a `SliceDetector`, which does its own
 windowing: build it from `network_def` of the detector's inference.yaml and give it to `engines.load_network`, or take
 `load_detector(folder)` for a trained run's `bundle/`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ from monai.bundle import ConfigParser
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ich_pipeline.box_linking import link_boxes
 from ich_pipeline.bundles import find_bundle
-from ich_pipeline.detection import ANY, ScoredBox
+from ich_pipeline.detection import ANY, ScoredBox, write_boxes
 from ich_pipeline.engines import autocast, load_network
 from ich_pipeline.errors import ConfigError
 from ich_pipeline.geometry import Grid
 from ich_pipeline.labels import Subtype
 from ich_pipeline.networks.slice_detector import SliceDetector
+from ich_pipeline.reading import find_scans, read_scan
 from ich_pipeline.records import Scan
 
 CLASS_NAMES = (*(each.name for each in Subtype), ANY)  # by the number that networks use
@@ -60,7 +62,11 @@ class SliceView:
         """(I, J, K) native as (slices, rows, columns)."""
         turned = np.moveaxis(image, self.slice_axis, 0)
         turned = turned.swapaxes(1, 2) if self.swapped else turned
-        return np.flip(turned, [axis + 1 for axis, flip in enumerate(self.flips) if flip])
+        return np.flip(turned, tuple(axis + 1 for axis, flip in enumerate(self.flips) if flip))
+
+    def tensor(self, image: NDArray[Any]) -> Tensor:
+        """A copy of `slices`."""
+        return torch.from_numpy(np.array(self.slices(image), order="C"))
 
     def to_native(self, boxes: NDArray[Any]) -> NDArray[Any]:
         """(N, 4) row0, column0, row1, column1 as i0, j0, i1, j1."""
@@ -132,7 +138,7 @@ def detect(
         A list for each native axial slice, the surest first; empty where nothing was found.
     """
     view = SliceView.of(scan.grid)
-    slices = torch.from_numpy(np.ascontiguousarray(view.slices(scan.image_hu)))
+    slices = view.tensor(scan.image_hu)
     found = detect_in_slices(network, slices, batch_size=batch_size, amp=amp)
     return [_scored(scan.case_id, k, rows, view) for k, rows in enumerate(found)]
 
@@ -140,25 +146,27 @@ def detect(
 def _scored(case_id: str, k: int, rows: Tensor, view: SliceView) -> list[ScoredBox]:
     corners = view.to_native(rows[:, :4].numpy().astype(np.float64)).tolist()
     return [
-        ScoredBox(case_id, k, CLASS_NAMES[int(kind)], *corner, score=score)
-        for corner, (score, kind) in zip(corners, rows[:, 4:].tolist(), strict=True)
+        ScoredBox(case_id, k, CLASS_NAMES[int(kind)], i0, j0, i1, j1, score)
+        for (i0, j0, i1, j1), (score, kind) in zip(corners, rows[:, 4:].tolist(), strict=True)
     ]
 
 
-def load_detector(folder: Path | str, device: str | torch.device = "auto", **changes: Any) -> SliceDetector:
+def load_detector(
+    folder: Path | str, device: str | torch.device = "auto", changes: Mapping[str, Any] | None = None
+) -> SliceDetector:
     """The network of a trained detector, in evaluation mode.
 
     Args:
         folder: a bundle, such as `runs/NAME/bundle` of a training with stage=detector.
         device: see `engines.pick_device`.
-        changes: keys of its inference.yaml, such as score_threshold.
+        changes: keys of its inference.yaml with other values, such as score_threshold.
 
     Raises:
         ConfigError: no bundle, or one that is not trained, whose weights are not those of its metadata, or whose
             network is no detector.
     """
     bundle = find_bundle(str(folder))
-    parser = ConfigParser({**bundle.config("inference"), **changes, "bundle_root": str(bundle.path)})
+    parser = ConfigParser({**bundle.config("inference"), **(changes or {}), "bundle_root": str(bundle.path)})
     network = parser.get_parsed_content("network_def")
     if not isinstance(network, SliceDetector):
         raise ConfigError(f"{folder}: its network is a {type(network).__name__}, expected a detector of boxes.")
@@ -166,6 +174,42 @@ def load_detector(folder: Path | str, device: str | torch.device = "auto", **cha
     return network
 
 
-def all_boxes(by_slice: Sequence[Sequence[ScoredBox]]) -> list[ScoredBox]:
-    """The boxes of all slices, one after the other."""
-    return [box for boxes in by_slice for box in boxes]
+class Finder:
+    """A detector made ready, with what its config says of batches and of boxes in neighbouring slices.
+
+    Args:
+        network: in evaluation mode, on its device.
+        batch_size: slices at once.
+        amp: see `engines.autocast`.
+        link_overlap: see `box_linking.link_boxes`.
+        min_slices: boxes of lesions that lie in fewer slices are dropped; 1 drops none.
+    """
+
+    def __init__(
+        self,
+        network: SliceDetector,
+        batch_size: int = 16,
+        amp: str | bool = "auto",
+        link_overlap: float = 0.25,
+        min_slices: int = 1,
+    ) -> None:
+        self.network, self.batch_size, self.amp = network, batch_size, amp
+        self.link_overlap, self.min_slices = link_overlap, min_slices
+
+    def __call__(self, scan: Scan) -> list[ScoredBox]:
+        """Boxes of a scan on its own grid, by slice, the surest first."""
+        by_slice = detect(self.network, scan, batch_size=self.batch_size, amp=self.amp)
+        boxes = [box for held in by_slice for box in held]
+        if self.min_slices == 1:
+            return boxes
+        lesions = link_boxes(boxes, min_overlap=self.link_overlap, min_slices=self.min_slices)
+        kept = {box for lesion in lesions for box in lesion.boxes}
+        return [box for box in boxes if box in kept]
+
+    def write(self, scans: str | Sequence[str], folder: Path | str) -> Path:
+        """Look at files, folders or manifests; returns the table `boxes.csv` in `folder`."""
+        given = [scans] if isinstance(scans, str) else scans
+        found: list[ScoredBox] = []
+        for case in find_scans([Path(each) for each in given]):
+            found += self(read_scan(case.image, case.case_id, case.series))
+        return write_boxes(Path(folder) / "boxes.csv", found)

@@ -145,6 +145,11 @@ class RunReport:
                 "seconds": {name: round(value, 6) for name, value in seconds.items()},
             }
 
+    def seconds(self, name: str) -> float:
+        """Seconds booked on a stage so far, 0 of one that never ran."""
+        with self._lock:
+            return self._stages[name].seconds if name in self._stages else 0.0
+
     def case_seconds(self, case_id: str) -> float:
         """Seconds booked on a case so far, all stages together."""
         with self._lock:

@@ -49,14 +49,16 @@ class Settings:
         return [replace(self, run={**self.run, "bundle": name}) for name in names]
 
     def bundle(self) -> Bundle:
-        """The bundle that was named.
+        """The bundle that was named, or its stage.
 
         Raises:
-            ConfigError: none was named, it does not exist, or a package that it needs is not installed.
+            ConfigError: none was named, it or its stage does not exist, or a package that it needs is not installed.
         """
-        name = self.run["bundle"]
+        name, stage = self.run["bundle"], self.run["stage"]
         if name is None:
             raise ConfigError(f"which bundle? Give bundle=NAME; known: {', '.join(bundles.all_bundles())}")
+        if stage is not None:
+            return bundles.require_packages(bundles.find_stage(str(name), str(stage)))
         if str(name).startswith(("models:/", "runs:/")) and not Path(name).exists():
             from ich_pipeline.tracking import fetch_bundle
 

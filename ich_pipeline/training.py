@@ -25,39 +25,32 @@ from torch.optim import Optimizer
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
+from ich_pipeline.boxes import SOURCES
 from ich_pipeline.bundles import Bundle, Config, is_bundle, read_yaml, resolve, write_configs
 from ich_pipeline.engines import autocast, pick_device
 from ich_pipeline.errors import ConfigError, IchError, ManifestError
 from ich_pipeline.files import atomic_path, sha256_of, write_json
 from ich_pipeline.manifest import PHANTOM_FILE, read_manifest
 from ich_pipeline.reading import read_grid
+from ich_pipeline.records import CaseRecord
 from ich_pipeline.run_report import RunReport
 from ich_pipeline.settings import TRAIN_CONFIGS, Settings
 
 # In the folder of a run, beside its bundle.
 STATE_FILE, RUN_ID_FILE, COARSE_FOLDER = "training_state.pt", "mlflow_run_id", "coarse"
+PATH_KEYS = ("data", "boxes")  # of configs: files of the user's; `boxes` may be one of `boxes.SOURCES` as well
 # What a resumed run may change: the saved state does not depend on it.
 MAY_CHANGE = ("epochs", "patience", "validate_every", "workers", "device")
 
 
-def load_cases(manifest: str | Path | None, fold: int | None = None) -> dict[str, list[dict[str, str]]]:
-    """Training and validation cases of a manifest as MONAI data lists.
-
-    When several processes train, each validates its share of the cases; all of them draw from all training cases
-    (`CaseSampler` deals them out).
-
-    Args:
-        manifest: with `split` (train, val, test), or with `fold`.
-        fold: this fold validates and the others train, whatever `split` says, except that test cases stay out.
-
-    Raises:
-        ConfigError: no manifest was named.
-        ManifestError: it cannot be used, or has no labelled cases to train or to validate on.
-    """
+def split_records(
+    manifest: str | Path | None, fold: int | None = None, *, require_label: bool = True
+) -> dict[str, list[CaseRecord]]:
+    """Cases to train and to validate on, `train` and `val`; arguments and errors as `load_cases`."""
     if manifest is None:
         raise ConfigError("training needs data=MANIFEST, a CSV with case_id, image, label and split")
     records = [r for r in read_manifest(Path(manifest)) if r.split != "test"]
-    unlabelled = [r.case_id for r in records if r.label is None]
+    unlabelled = [r.case_id for r in records if r.label is None and require_label]
     if unlabelled:
         raise ManifestError(
             f"{manifest}: no label for {unlabelled[0]} ({len(unlabelled)} cases), expected one for every case that is "
@@ -77,10 +70,26 @@ def load_cases(manifest: str | Path | None, fold: int | None = None) -> dict[str
             f"{manifest}: {len(val)} cases to validate on for {n_processes()} processes; expected at least one for "
             "each. Start fewer processes or give split=val to more cases."
         )
-    return {
-        name: [record.item() for record in chosen]
-        for name, chosen in (("train", train), ("val", val[rank() :: n_processes()]))
-    }
+    return {"train": train, "val": val}
+
+
+def load_cases(manifest: str | Path | None, fold: int | None = None) -> dict[str, list[dict[str, str]]]:
+    """Training and validation cases of a manifest as MONAI data lists.
+
+    When several processes train, each validates its share of the cases; all of them draw from all training cases
+    (`CaseSampler` deals them out).
+
+    Args:
+        manifest: with `split` (train, val, test), or with `fold`.
+        fold: this fold validates and the others train, whatever `split` says, except that test cases stay out.
+
+    Raises:
+        ConfigError: no manifest was named.
+        ManifestError: it cannot be used, or has no labelled cases to train or to validate on.
+    """
+    records = split_records(manifest, fold)
+    shares = {"train": records["train"], "val": records["val"][rank() :: n_processes()]}
+    return {name: [record.item() for record in chosen] for name, chosen in shares.items()}
 
 
 class Draw(NamedTuple):
@@ -207,6 +216,7 @@ class ResumableRun:
         patience: validations without a better metric before the run stops; 0 never stops early.
         seed: of the run.
         resume: go on from `state_file`; a run that was stopped in its first epoch has none and starts over.
+        average: a network with averaged weights; it is what is validated and kept, and saved with the state.
     """
 
     def __init__(
@@ -221,8 +231,12 @@ class ResumableRun:
         patience: int = 0,
         seed: int = 0,
         resume: bool = False,
+        average: nn.Module | None = None,
     ) -> None:
         self.parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
+        if average is not None:
+            self.parts["average"] = average
+        self.kept = network if average is None else average
         self.evaluator = evaluator
         self.weights, self.state_file = Path(weights), Path(state_file)
         self.validate_every, self.patience, self.seed, self.resume = validate_every, patience, seed, resume
@@ -296,7 +310,7 @@ class ResumableRun:
     def _share_buffers(self) -> None:
         """Give all processes rank 0's running means: batch normalisation counts its own batches in each."""
         if dist.is_initialized():
-            for buffer in self.parts["network"].buffers():
+            for buffer in self.kept.buffers():
                 dist.broadcast(buffer, 0)
 
     @property
@@ -307,7 +321,7 @@ class ResumableRun:
     def _keep_best(self) -> None:
         if rank() != 0:
             return
-        state = {name: value.detach().cpu() for name, value in self.parts["network"].state_dict().items()}
+        state = {name: value.detach().cpu() for name, value in self.kept.state_dict().items()}
         _save(state, self.weights)
         metadata = json.loads(self.metadata_file.read_text())
         write_json(self.metadata_file, metadata | {"weights_sha256": sha256_of(self.weights)})
@@ -444,12 +458,13 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
     configs = settings.config(source, *TRAIN_CONFIGS)
     if not configs["train"]["data"]:
         raise ConfigError("training needs data=MANIFEST, a CSV with case_id, image, label and split")
-    cases = load_cases(configs["train"]["data"], configs["train"]["fold"])
-    slices_mm = [read_grid(case["image"], series=case.get("series")).slice_spacing_mm for case in cases["train"]]
+    # A detector takes its cases from a table of boxes.
+    labelled = not source.finds_boxes
+    cases = split_records(configs["train"]["data"], configs["train"]["fold"], require_label=labelled)["train"]
+    slices_mm = [read_grid(case.image, case.case_id, case.series).slice_spacing_mm for case in cases]
     # Paths are the user's, but the bundle may be moved: they are kept whole.
     for config in configs.values():
-        if config.get("data"):
-            config["data"] = str(Path(config["data"]).resolve())
+        _make_absolute(config)
     configs["train"] |= {"amp": _settled_amp(configs["train"]), "resume": False}
     if target.exists() and not settings.run["overwrite"]:
         raise ConfigError(
@@ -471,6 +486,15 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
         }
         write_configs(temporary, configs | {"metadata": configs["metadata"] | made_here})
         (temporary / "models").mkdir(exist_ok=True)
+
+
+def _path_keys(config: Config) -> list[str]:
+    return [key for key in PATH_KEYS if config.get(key) and config[key] not in SOURCES]
+
+
+def _make_absolute(config: Config) -> None:
+    for key in _path_keys(config):
+        config[key] = str(Path(config[key]).resolve())
 
 
 def _settled_amp(config: Config) -> str:
@@ -495,8 +519,7 @@ def _resumed_configs(source: Bundle, settings: Settings, run: Bundle) -> dict[st
             continue
         asked |= read_yaml(source.overlay(kind, str(choice)))
     asked |= overrides
-    if asked.get("data"):
-        asked["data"] = str(Path(asked["data"]).resolve())
+    _make_absolute(asked)
     # Neither says anything of the run: the first is this call, the second was settled when the run began.
     for key, value in (("resume", True), ("amp", "auto")):
         if asked.get(key) == value:
@@ -568,9 +591,12 @@ def train_bundle(bundle: Bundle, report: RunReport, *, resume: bool) -> Resumabl
 
 @contextmanager
 def without_paths(bundle: Bundle) -> Iterator[Path]:
-    """A copy of a trained bundle that may leave this machine: its configs do not name the manifest."""
+    """A copy of a trained bundle that may leave this machine: its configs name neither manifest nor boxes."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, bundle.name)
         shutil.copytree(bundle.path, copy)
-        write_configs(copy, {name: bundle.config(name) | {"data": None} for name in ("train", "evaluate")})
+        configs = {name: bundle.config(name) for name in ("train", "evaluate")}
+        for config in configs.values():
+            config |= dict.fromkeys(_path_keys(config))
+        write_configs(copy, configs)
         yield copy

@@ -1,8 +1,8 @@
 """The arithmetic of YOLOv5: anchors, target assignment, loss, decoding, and what remains after suppression.
 
-Written from the published description (Jocher et al., YOLOv5 v6/v7, doi 10.5281/zenodo.4679653: the figures and formulas
-of its documentation and of the papers that it names); no line of its code was seen. Boxes are (row0, column0, row1,
-column1) in pixels; overlap and suppression are torchvision's, which are the same with rows and columns exchanged.
+Written from the published description (Jocher et al., YOLOv5, doi 10.5281/zenodo.4679653: figures and formulas of its
+documentation, and the papers that it names); none of its code was copied. Boxes are (row0, column0, row1, column1),
+in pixels; overlap and suppression are torchvision's, which are the same with rows and columns exchanged.
 """
 
 from collections.abc import Sequence
@@ -99,7 +99,7 @@ class LossWeights:
 
     box: float = 0.05
     objectness: float = 1.0
-    subtype: float = 0.5
+    subtype: float = 0.03
     levels: tuple[float, ...] = (4.0, 1.0, 0.4)
 
 

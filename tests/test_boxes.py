@@ -77,7 +77,7 @@ def test_a_source_that_is_none_is_refused(tmp_path: Path) -> None:
         box_source("labels", "")
     with pytest.raises(ManifestError, match="no such table"):
         box_source(str(tmp_path / "none.csv"), "")
-    with pytest.raises(ConfigError, match=r"no detector at .*detector=runs"):
+    with pytest.raises(ConfigError, match=r"no trained detector at .*detector=runs"):
         box_source("network", tmp_path)
 
 
@@ -163,8 +163,19 @@ class DenseDetector(SliceDetector):
 def detector_bundle(folder: Path) -> Path:
     """A trained detector as `train` would leave it, with a network that needs no training."""
     (folder / "configs").mkdir(parents=True)
-    (folder / "configs" / "metadata.json").write_text(json.dumps({"name": "dense", "weights_sha256": None}))
-    (folder / "configs" / "inference.yaml").write_text("network_def: {_target_: test_boxes.DenseDetector}\n")
+    (folder / "configs" / "metadata.json").write_text(json.dumps({"name": "dense", "finds": "boxes"}))
+    load = (
+        "{_target_: ich_pipeline.engines.load_network, network: '@network_def', weights: '@weights', device: '@device'}"
+    )
+    config = [
+        "bundle_root: .",
+        "weights: \"$@bundle_root + '/models/model.pt'\"",
+        "device: auto",
+        "network_def: {_target_: test_boxes.DenseDetector}",
+        f"network: {load}",
+        "finder: {_target_: ich_pipeline.detector.Finder, network: '@network', amp: 'off'}",
+    ]
+    (folder / "configs" / "inference.yaml").write_text("\n".join(config) + "\n")
     save_weights(folder, DenseDetector())
     return folder
 
@@ -186,7 +197,7 @@ def test_what_boxes_come_from_is_recorded(tmp_path: Path) -> None:
     table(file, "a,3,any,1,2,4,6")
     assert boxes_sha256(bundle, config | {"boxes": str(file)}) != before
     assert boxes_sha256(bundle, config | {"boxes": "label"}) == boxes_sha256(bundle, {"boxes": "what"}) == {}
-    with pytest.raises(ConfigError, match="no detector at"):
+    with pytest.raises(ConfigError, match="no trained detector at"):
         boxes_sha256(bundle, config | {"detector": "none"})
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 # Brain, subdural and soft tissue windows, as (lowest, highest) HU.
@@ -19,19 +18,21 @@ class SliceDetector(nn.Module):
     Args:
         image_size: pixels along each side of an image, a multiple of 32.
         windows_hu: each becomes a channel, 0 at its lowest HU and 1 at its highest.
+        score_threshold: boxes with a lower score are not given; may be changed.
     """
 
-    def __init__(self, image_size: int = 512, windows_hu: Sequence[Sequence[float]] = WINDOWS_HU) -> None:
+    def __init__(
+        self,
+        image_size: int = 512,
+        windows_hu: Sequence[Sequence[float]] = WINDOWS_HU,
+        score_threshold: float = 0.25,
+    ) -> None:
         super().__init__()
         self.image_size = image_size
+        self.score_threshold = score_threshold
         self.windows_hu = tuple((float(low), float(high)) for low, high in windows_hu)
 
     def windowed(self, images_hu: Tensor) -> Tensor:
         """(B, 1, H, W) HU as (B, windows, H, W), 0 to 1."""
         low, high = images_hu.new_tensor(self.windows_hu).T[..., None, None].unbind(0)
         return ((images_hu - low) / (high - low)).clamp(0, 1)
-
-
-def no_boxes(device: torch.device | str = "cpu") -> Tensor:
-    """Targets of images without hemorrhage, (0, 6)."""
-    return torch.zeros(0, 6, device=device)

@@ -2,7 +2,7 @@
 
 Built from the published architecture of release 6 (Jocher et al., doi 10.5281/zenodo.4679653), its figure and its table
 of depths and widths: CSP stages (Wang et al., arXiv 1911.11929), spatial pyramid pooling by repeated 5 x 5 pooling (He
-et al., arXiv 1406.4729), path aggregation (Liu et al., arXiv 1803.01534). No line of its code was seen.
+et al., arXiv 1406.4729), path aggregation (Liu et al., arXiv 1803.01534). None of its code was copied.
 """
 
 from collections.abc import Mapping, Sequence
@@ -100,6 +100,7 @@ class YoloV5(SliceDetector):
     """
 
     anchors_px: Tensor
+    heads: nn.ModuleList
 
     def __init__(
         self,
@@ -115,19 +116,14 @@ class YoloV5(SliceDetector):
         objectness_weight: float = LossWeights.objectness,
         subtype_weight: float = LossWeights.subtype,
     ) -> None:
-        super().__init__(image_size, windows_hu)
+        super().__init__(image_size, windows_hu, score_threshold)
         if size not in SIZES:
             raise ConfigError(f"YoloV5 size={size!r}: expected one of {', '.join(SIZES)}")
         if image_size % STRIDES[-1]:
             raise ConfigError(f"YoloV5 image_size={image_size}: expected a multiple of {STRIDES[-1]}")
         depth, width = SIZES[size]
         self.n_classes = n_classes
-        self.suppression = {
-            "score_threshold": score_threshold,
-            "nms_iou": nms_iou,
-            "by_class": nms_by_class,
-            "max_detections": max_detections,
-        }
+        self.nms_iou, self.nms_by_class, self.max_detections = nms_iou, nms_by_class, max_detections
         self.weights = LossWeights(box_weight, objectness_weight, subtype_weight)
         c1, c2, c3, c4, c5 = (int(width * c) for c in (64, 128, 256, 512, 1024))
         d3, d6, d9 = (max(1, round(depth * d)) for d in (3, 6, 9))
@@ -147,9 +143,9 @@ class YoloV5(SliceDetector):
         self.out_16 = CSPStage(2 * c3, c4, d3, residual=False)
         self.out_32 = CSPStage(2 * c4, c5, d3, residual=False)
         self.heads = nn.ModuleList(nn.Conv2d(c, N_ANCHORS * (5 + n_classes), 1) for c in (c3, c4, c5))
-        for head in self.heads:
-            with torch.no_grad():  # an untrained network finds nothing, and its first steps need not unlearn that
-                head.bias.view(N_ANCHORS, -1)[:, 4] = torch.logit(torch.tensor(PRIOR))
+        with torch.no_grad():  # an untrained network finds nothing, and its first steps need not unlearn that
+            for head in self.heads:
+                head.get_parameter("bias").view(N_ANCHORS, -1)[:, 4] = torch.logit(torch.tensor(PRIOR))
         # Of no use before `set_anchors`: squares of 2, 4 and 8 strides. They are part of the weights.
         squares = [[[stride * times] * 2 for times in (2, 4, 8)] for stride in STRIDES]
         self.register_buffer("anchors_px", torch.tensor(squares, dtype=torch.float32))
@@ -179,4 +175,12 @@ class YoloV5(SliceDetector):
         heads = self.levels(self.windowed(images_hu))
         if targets is not None:
             return yolo_loss(heads, targets, self.anchors_px, STRIDES, self.weights)
-        return detections(heads, self.anchors_px, STRIDES, **self.suppression)
+        return detections(
+            heads,
+            self.anchors_px,
+            STRIDES,
+            score_threshold=self.score_threshold,
+            nms_iou=self.nms_iou,
+            by_class=self.nms_by_class,
+            max_detections=self.max_detections,
+        )
