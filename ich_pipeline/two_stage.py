@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ich_pipeline.boxes import boxes_on_native_grid, rectangle, require_inside
 from ich_pipeline.detection import Box
+from ich_pipeline.geometry import require_same_grid
 from ich_pipeline.inference import Loaded, Segmenter, Stage, no_stage
 from ich_pipeline.networks.transdeeplab import foreground
 from ich_pipeline.records import CaseRecord, NativeMask
@@ -189,8 +190,6 @@ def resegment(
     scan = scan_of(data["image"], case)
     require_inside(boxes, scan.grid, "the call")
     if mask is not None:
-        from ich_pipeline.geometry import require_same_grid
-
         require_same_grid(case.case_id, "mask", mask.grid, scan.grid)
     with stage("preprocess"):
         loaded = Loaded(scan, segmenter.preprocessing({**data, "boxes": list(boxes)}))

@@ -162,7 +162,7 @@ class DenseDetector(SliceDetector):
 
 def detector_bundle(folder: Path) -> Path:
     """A trained detector as `train` would leave it, with a network that needs no training."""
-    (folder / "configs").mkdir(parents=True)
+    (folder / "configs").mkdir(parents=True, exist_ok=True)
     (folder / "configs" / "metadata.json").write_text(json.dumps({"name": "dense", "finds": "boxes"}))
     load = (
         "{_target_: ich_pipeline.engines.load_network, network: '@network_def', weights: '@weights', device: '@device'}"
