@@ -323,7 +323,8 @@ def train(settings: Settings) -> int:
             overwrite was asked for.
     """
     source, resume = settings.bundle(), bool(settings.overrides.get("resume"))
-    if not (source.needs_weights and bundles.learns(source, settings.config(source, *TRAIN_CONFIGS)["train"])):
+    config = settings.config(source, *TRAIN_CONFIGS)["train"] if source.needs_weights else {}
+    if not bundles.learns(source, config):
         raise ConfigError(
             f"{source.name} has nothing to train: it needs no weights. Use it as it is (ich-pipeline segment ... "
             f"bundle={source.name})."
@@ -334,6 +335,10 @@ def train(settings: Settings) -> int:
     out = Path(settings.run["out"] or Path("runs") / source.name)
     with process_group(settings.overrides.get("device", "auto")):
         if rank() == 0:
+            if source.finds_boxes and not resume:
+                from ich_pipeline.box_data import load_box_cases
+
+                load_box_cases(config["data"], config["boxes"], config["fold"])  # refuses before a folder is made
             prepare_run(source, settings, out, resume=resume)
         wait_for_all()
         return _train_prepared(bundles.find_bundle(str(out / "bundle")), settings, out, resume=resume)
@@ -532,6 +537,7 @@ def _evaluate_boxes(settings: Settings, bundle: Bundle) -> int:
 
     from ich_pipeline import tracking
     from ich_pipeline.box_evaluation import evaluate_boxes
+    from ich_pipeline.manifest import read_manifest
 
     report = RunReport({"run": settings.run} | configs)
     report.bundle = {"name": bundle.name, "sha256": bundle.metadata["weights_sha256"]}
@@ -539,14 +545,15 @@ def _evaluate_boxes(settings: Settings, bundle: Bundle) -> int:
     status = int(bool(evaluation.failed))
     report.write(out / "run.json", exit_status=status)
     print((out / "box_scores.md").read_text())
+    manifest = Path(configs["evaluate"]["data"])
     with tracking.open_tracker(
         settings.run["tracking"] is not False,
         tracking_uri=settings.run["tracking_uri"],
         experiment=settings.run["experiment"],
         run_name=settings.run["run_name"] or f"evaluate {bundle.name} {split}",
         folder=Path.cwd(),
+        patient_ids=[case.patient_id for case in read_manifest(manifest)],
     ) as run:
-        manifest = Path(configs["evaluate"]["data"])
         run.set_tags(tracking.provenance_tags(manifest=manifest) | {"split": split, "bundle": bundle.name})
         run.log_params(configs["inference"])
         run.log_metrics(evaluation.metrics(), step=0)

@@ -1,8 +1,6 @@
 """Boxes around hemorrhages, slice by slice, and how well a detector's boxes agree with the label's.
 
-The files are those of `ich-pipeline phantom`: boxes.csv, a row a box. `evaluate` of a detector bundle will read one
-table of the bundle's boxes and one of the label's (or take `boxes_of_mask` of the label), name every case of the split
-with its number of slices and its patient, and put `average_precision` beside the scores of masks.
+The files are those of `ich-pipeline phantom`: boxes.csv, a row a box. `box_evaluation` scores a detector by them.
 """
 
 import csv

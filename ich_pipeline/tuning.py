@@ -104,9 +104,9 @@ def search(
             if not _has_ended(home):
                 train(home, trial.params, begun)
             study.tell(trial.number, float(_state(home)["best_metric"]))
-        except ConfigError:
-            raise
         except IchError as error:
+            if type(error) is not IchError:  # wrong settings or cases are those of every trial
+                raise
             print(f"trial {trial.number}: {error}")
             study.tell(trial.number, state=TrialState.FAIL)
         _write(folder, study)

@@ -130,11 +130,8 @@ def yolo_loss(
             away = complete_box_iou_loss(held, found.boxes.float(), reduction="none")
             total["box"] = total["box"] + weights.box * away.mean()
             # Several boxes may want one cell: the best fit counts, whatever their order.
-            wanted = wanted.index_put(at, wanted.new_zeros(()))
             overlap = (1 - away.detach()).clamp(min=0)
-            flat = wanted.view(-1)
-            index = _flat_index(at, wanted.shape)
-            flat.scatter_reduce_(0, index, overlap, "amax")
+            wanted.view(-1).scatter_reduce_(0, _flat_index(at, wanted.shape), overlap, "amax")
             total["subtype"] = total["subtype"] + weights.subtype * _subtype_loss(raw[at][:, 5:], found.classes)
         told = F.binary_cross_entropy_with_logits(raw[..., 4], wanted)
         total["objectness"] = total["objectness"] + weights.objectness * weights.levels[level] * told

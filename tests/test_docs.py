@@ -64,10 +64,13 @@ def parse(line: str) -> None:
     own = {key: given.pop(key) for key in list(given) if key in defaults}
     bundle = str(own.get("bundle", "cascade3d"))
     # A trained bundle's folder, or a registered model, has the keys of the bundle it is named after.
-    named = next((each for each in bundles.all_bundles() if each in re.split("[/@]", bundle)), bundle)
+    stages = {each.name: each for p in ROOT.glob("bundles/*/*/configs") for each in [bundles.Bundle(p.parent)]}
+    named = next((each for each in (*bundles.all_bundles(), *stages) if each in re.split("[/@]", bundle)), bundle)
     if str(given.get("variant")).endswith(".yaml"):
         del given["variant"]  # a plan, which the reader has made
-    found = bundles.find_bundle(named)
+    found = stages.get(named) or (
+        bundles.find_stage(named, own["stage"]) if own.get("stage") else bundles.find_bundle(named)
+    )
     # One that needs no weights has no configs of training.
     bundles.resolve(found, [each for each in CONFIGS if each in found.config_names], given, own.get("preset"))
 
