@@ -208,6 +208,11 @@ def require_packages(bundle: Bundle) -> Bundle:
     return bundle
 
 
+def learns(bundle: Bundle, config: Mapping[str, Any]) -> bool:
+    """Whether the network of a resolved config has weights: the second stage `segmenter=em` has none."""
+    return bundle.needs_weights and config.get("segmenter") != "em"
+
+
 def near_names(name: str, known: Iterable[str]) -> list[str]:
     """Up to three known names that resemble one."""
     return get_close_matches(name, list(known), n=3, cutoff=0.6)

@@ -127,16 +127,21 @@ def segment_cases(
     regions: Path | None = None,
     probabilities: Path | None = None,
     report: RunReport | None = None,
+    known: Sequence[CaseRecord] = (),
 ) -> int:
     """`segment` for cases that were found already.
 
-    `Pipeline` says what the further folders hold; `report` is one that the caller goes on with.
+    `Pipeline` says what the further folders hold; `report` is one that the caller goes on with. A table of boxes may
+    name `known` cases too.
     """
     from ich_pipeline.batch import run_batch
+    from ich_pipeline.boxes import check_cases
     from ich_pipeline.ensemble import Ensemble, joined_sha256
     from ich_pipeline.inference import Segmenter
     from ich_pipeline.pipeline import Pipeline
 
+    for _, config in members:
+        check_cases(config, [*cases, *known])
     resolved = _resolved(members, settings)
     check_targets(cases, masks)
     sha256 = joined_sha256([bundle for bundle, _ in members])
@@ -168,7 +173,9 @@ def segment_cases(
 
 def _resolved(members: Members, settings: Settings) -> Config:
     """What run.json records; an ensemble's configs stand one below the other."""
-    configs = [config for _, config in members]
+    from ich_pipeline.boxes import boxes_sha256
+
+    configs = [config | boxes_sha256(bundle, config) for bundle, config in members]
     return {"run": settings.run, "inference": configs[0] if len(configs) == 1 else configs}
 
 
@@ -316,12 +323,12 @@ def train(settings: Settings) -> int:
             overwrite was asked for.
     """
     source, resume = settings.bundle(), bool(settings.overrides.get("resume"))
-    if not source.needs_weights:
+    config = settings.config(source, *TRAIN_CONFIGS)["train"] if source.needs_weights else {}
+    if not bundles.learns(source, config):
         raise ConfigError(
             f"{source.name} has nothing to train: it needs no weights. Use it as it is (ich-pipeline segment ... "
             f"bundle={source.name})."
         )
-    config = settings.config(source, *TRAIN_CONFIGS)["train"]
 
     from ich_pipeline.training import prepare_run, process_group, rank, wait_for_all
 
@@ -563,11 +570,12 @@ def _evaluate_bundle(settings: Settings, bundle: Bundle, name: str, out: Path) -
     configs = settings.config(bundle, "inference", "evaluate")
 
     from ich_pipeline.evaluation import compare, labelled_cases, write_evaluation
-    from ich_pipeline.manifest import PHANTOM_FILE
+    from ich_pipeline.manifest import PHANTOM_FILE, read_manifest
     from ich_pipeline.paper_tables import Method
 
     manifest, split = configs["evaluate"]["data"], settings.run["split"]
     cases = labelled_cases(manifest, split)
+    known = read_manifest(manifest)  # of other splits too: a table of boxes is that of all cases
     table, regions, probabilities = out / "volumes.csv", out / "regions", out / "probabilities"
     status = segment_cases(
         cases,
@@ -577,6 +585,7 @@ def _evaluate_bundle(settings: Settings, bundle: Bundle, name: str, out: Path) -
         settings,
         regions=regions,
         probabilities=probabilities,
+        known=known,
     )
     evaluation = compare(cases, table, regions=regions, probabilities=probabilities, subtypes=settings.run["subtypes"])
     text = write_evaluation(evaluation, out)

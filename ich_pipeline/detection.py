@@ -64,6 +64,7 @@ class Box:
 
 
 BOX_COLUMNS = tuple(f.name for f in fields(Box))
+SLICE_STOP = "slice_stop"  # optional column: one past the last slice of a 3D box
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class ScoredBox(Box):
 def read_boxes(path: Path | str) -> list[ScoredBox]:
     """Boxes of a table with BOX_COLUMNS, and `score` where there is one; without it every score is 1.
 
+    A row with a number in the column `slice_stop` is a 3D box: a box in every slice from `slice` to the one before it.
+
     Raises:
         ManifestError: the table is not there or cannot be read, or a row that is no box; names file and row.
     """
@@ -97,7 +100,7 @@ def read_boxes(path: Path | str) -> list[ScoredBox]:
             header = reader.fieldnames or []
             if not {*BOX_COLUMNS} <= {*header} or len({*header}) < len(header):
                 raise ValueError(f"columns {', '.join(header)}, expected {', '.join(BOX_COLUMNS)}, each once")
-            boxes = [_box(cells) for cells in reader]
+            boxes = [box for cells in reader for box in _boxes(cells)]
         except (UnicodeDecodeError, csv.Error) as error:
             raise ManifestError(f"{path.name}: not a CSV file in UTF-8 ({error}). Save it as CSV UTF-8.") from error
         except ValueError as error:
@@ -106,13 +109,20 @@ def read_boxes(path: Path | str) -> list[ScoredBox]:
     return boxes
 
 
-def _box(cells: Mapping[Any, Any]) -> ScoredBox:
+def _boxes(cells: Mapping[Any, Any]) -> list[ScoredBox]:
     if None in cells or None in cells.values():
         raise ValueError("another number of cells than the header")
     numbers = (float(cells[name]) for name in ("i0", "j0", "i1", "j1"))
     i0, j0, i1, j1 = (int(n) if n.is_integer() else n for n in numbers)  # whole ones slice an array
     score = float(cells.get("score", 1.0))
-    return ScoredBox(cells["case_id"].strip(), int(cells["slice"]), cells["subtype"].strip(), i0, j0, i1, j1, score)
+    first = int(cells["slice"])
+    stop = int(cells.get(SLICE_STOP) or first + 1)
+    if stop <= first:
+        raise ValueError(
+            f"{SLICE_STOP} {stop} with slice {first}, expected the number after the last slice, or nothing"
+        )
+    names = cells["case_id"].strip(), cells["subtype"].strip()
+    return [ScoredBox(names[0], k, names[1], i0, j0, i1, j1, score) for k in range(first, stop)]
 
 
 def write_boxes(path: Path | str, boxes: Sequence[Box]) -> Path:

@@ -68,7 +68,7 @@ def load_network(network: nn.Module, weights: str | Path, device: str | torch.de
     """Put a bundle's weights into its network, strictly, and the network on its device in evaluation mode.
 
     Args:
-        network: what `network_def` builds.
+        network: what `network_def` builds; one with nothing to learn needs no file.
         weights: `models/model.pt` of a bundle: a state dict, or a dict with one under `model`.
         device: see `pick_device`.
 
@@ -77,6 +77,8 @@ def load_network(network: nn.Module, weights: str | Path, device: str | torch.de
             the network.
     """
     path = Path(weights)
+    if not network.state_dict():
+        return network.to(pick_device(device)).eval()
     if not path.is_file():
         raise ConfigError(
             f"no weights at {path}: this bundle is not trained. Train it (ich-pipeline train bundle=...) or name a "
@@ -198,8 +200,11 @@ def to_openvino(network: nn.Module, amp: str | bool) -> nn.Module:
     """The network with its stages (or all of it) run by OpenVINO.
 
     Raises:
-        ConfigError: the extra `openvino` is not installed, or the network is not on the CPU.
+        ConfigError: the network says that it cannot be converted, the extra `openvino` is not installed, or the
+            network is not on the CPU.
     """
+    if getattr(network, "torch_only", False):
+        raise ConfigError(f"engine=openvino: {type(network).__name__} runs in PyTorch only. Use engine=torch.")
     try:
         import openvino  # noqa: F401
     except ImportError as error:

@@ -12,7 +12,7 @@ from monai.transforms import AsDiscreted, Compose, SaveImaged
 from monai.utils import convert_to_dst_type
 from numpy.typing import NDArray
 
-from ich_pipeline.bundles import Bundle
+from ich_pipeline.bundles import Bundle, learns
 from ich_pipeline.engines import check_hash, pick_device
 from ich_pipeline.errors import ConfigError, own_errors
 from ich_pipeline.quality import fit_flags
@@ -90,7 +90,7 @@ class Segmenter:
     """
 
     def __init__(self, bundle: Bundle, config: Mapping[str, Any]) -> None:
-        if bundle.weights is None and bundle.needs_weights:
+        if bundle.weights is None and learns(bundle, config):
             raise ConfigError(
                 f"{bundle.name} has no weights. Train it (ich-pipeline train bundle={bundle.name} data=MANIFEST) or "
                 "name the folder of a trained bundle."
@@ -151,6 +151,8 @@ class Segmenter:
             regions = self._native_regions(loaded) if with_regions else None
             model_affine = np.asarray(loaded.data["image"].affine)
             flags = self.flags + fit_flags(loaded.scan.grid, model_affine, self.trained_slice_mm)
+            if loaded.data["image"].meta.get("boxes") == "[]":  # as `boxes.FindBoxesd` writes them
+                flags += ("no_boxes",)
             return Prediction(loaded.scan, NativeMask(mask, loaded.scan.grid), probability, flags, regions)
 
     def _native_regions(self, loaded: Loaded) -> NativeMask | None:

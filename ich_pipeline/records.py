@@ -109,6 +109,8 @@ class CaseRecord:
         return self.extra.get("series") or None
 
     def item(self) -> dict[str, str]:
-        """The case in a MONAI data list: `image`, and what else there is of `label` and `series`."""
+        """The case in a MONAI data list: `case_id`, `image`, and what else there is of `label` and `series`."""
         others = {"label": self.label and str(self.label), "series": self.series}
-        return {"image": str(self.image)} | {key: value for key, value in others.items() if value}
+        return {"case_id": self.case_id, "image": str(self.image)} | {
+            key: value for key, value in others.items() if value
+        }

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
+from ich_pipeline.boxes import SOURCES
 from ich_pipeline.bundles import Bundle, Config, is_bundle, read_yaml, resolve, write_configs
 from ich_pipeline.engines import autocast, pick_device
 from ich_pipeline.errors import ConfigError, IchError, ManifestError
@@ -37,7 +38,7 @@ from ich_pipeline.settings import TRAIN_CONFIGS, Settings
 
 # In the folder of a run, beside its bundle.
 STATE_FILE, RUN_ID_FILE, COARSE_FOLDER = "training_state.pt", "mlflow_run_id", "coarse"
-PATH_KEYS = ("data", "boxes")  # of configs: files of the user's
+PATH_KEYS = ("data", "boxes")  # of configs: files of the user's; `boxes` may be one of `boxes.SOURCES` as well
 # What a resumed run may change: the saved state does not depend on it.
 MAY_CHANGE = ("epochs", "patience", "validate_every", "workers", "device")
 
@@ -458,8 +459,8 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
     if not configs["train"]["data"]:
         raise ConfigError("training needs data=MANIFEST, a CSV with case_id, image, label and split")
     # A detector takes its cases from a table of boxes.
-    by_boxes = "boxes" in configs["train"]
-    cases = split_records(configs["train"]["data"], configs["train"]["fold"], require_label=not by_boxes)["train"]
+    labelled = not source.finds_boxes
+    cases = split_records(configs["train"]["data"], configs["train"]["fold"], require_label=labelled)["train"]
     slices_mm = [read_grid(case.image, case.case_id, case.series).slice_spacing_mm for case in cases]
     # Paths are the user's, but the bundle may be moved: they are kept whole.
     for config in configs.values():
@@ -487,10 +488,13 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
         (temporary / "models").mkdir(exist_ok=True)
 
 
+def _path_keys(config: Config) -> list[str]:
+    return [key for key in PATH_KEYS if config.get(key) and config[key] not in SOURCES]
+
+
 def _make_absolute(config: Config) -> None:
-    for key in PATH_KEYS:
-        if config.get(key):
-            config[key] = str(Path(config[key]).resolve())
+    for key in _path_keys(config):
+        config[key] = str(Path(config[key]).resolve())
 
 
 def _settled_amp(config: Config) -> str:
@@ -593,6 +597,6 @@ def without_paths(bundle: Bundle) -> Iterator[Path]:
         shutil.copytree(bundle.path, copy)
         configs = {name: bundle.config(name) for name in ("train", "evaluate")}
         for config in configs.values():
-            config |= {key: None for key in PATH_KEYS if key in config}
+            config |= dict.fromkeys(_path_keys(config))
         write_configs(copy, configs)
         yield copy

@@ -116,6 +116,11 @@ def _grid_of(shape: Sequence[int], affine: Any, meta: Mapping[str, Any]) -> Grid
     return Grid((i, j, k), np.asarray(affine, dtype=np.float64), np.array(json.loads(positions)) if positions else None)
 
 
+def native_grid(image: MetaTensor) -> Grid:
+    """Grid of the scan or mask that `ReadScand` or `ReadMaskd` read, wherever the image has been taken since."""
+    return _grid_of(image.meta["spatial_shape"], image.meta["original_affine"], image.meta)
+
+
 def _forms_from(text: str) -> NiftiForms:
     values = json.loads(text)
     arrays = {key: np.array(values[key]) for key in ("sform", "qform") if values[key] is not None}

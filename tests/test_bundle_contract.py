@@ -280,7 +280,8 @@ def image_chain(config: Config) -> list[Config]:
 def drift(train: Config, inference: Config) -> list[str]:
     """Names of what the two configs should share and do not."""
     # `network` is loaded here and optimised there; preprocessing is compared by what it does to the image.
-    own = {"network", "preprocessing", "run"}
+    # A second stage is trained on boxes of the label and used on those of a detector.
+    own = {"network", "preprocessing", "run", "boxes"}
     names = [key for key in train.keys() & inference.keys() if key not in own and train[key] != inference[key]]
     if image_chain(train) != image_chain(inference):
         names.append("preprocessing")

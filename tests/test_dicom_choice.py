@@ -125,5 +125,5 @@ class TestNamedSeries:
         manifest = tmp_path / "cases.csv"
         manifest.write_text("case_id,image,series\nsoft,study,\nbone,study,9\n")
         (item,) = [item for item in items(str(manifest)) if "series" in item]
-        assert item == {"image": str(study), "series": "9"}
+        assert item == {"case_id": "bone", "image": str(study), "series": "9"}
         assert ReadScand("image")(dict(item))["image"].meta["flags"] == "sharp_kernel"

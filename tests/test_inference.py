@@ -174,8 +174,9 @@ class TestRefusals:
 
 def test_items_for_a_monai_dataset(tmp_path):
     scans = write_heads(tmp_path / "scans", 2)
-    assert items(str(tmp_path / "scans")) == [{"image": str(scan)} for scan in scans]
-    assert items([str(scans[1])]) == [{"image": str(scans[1])}]
+    wanted = [{"case_id": scan.name.removesuffix(".nii.gz"), "image": str(scan)} for scan in scans]
+    assert items(str(tmp_path / "scans")) == wanted
+    assert items([str(scans[1])]) == wanted[1:]
 
 
 @pytest.mark.slow

@@ -30,6 +30,8 @@ RIM_MM = 1.0
 # Where the classes start: fluid, white matter, grey matter, blood. EM moves them.
 START_HU = (8.0, 28.0, 38.0, 65.0)
 FITTED_VOXELS = 100_000
+# Of a window's width: what is above is bone or calcium.
+CLIPPED = 250 / 255
 # In HU: less than the noise of any scan. Keeps a class of equal voxels from width 0.
 LEAST_WIDTH_HU = 1.0
 # Probabilities are looked up in a table this fine: exact ones took as long as the fit.
@@ -93,6 +95,39 @@ class MixtureInferer(SimpleInferer):
                     "is open all the way, or no head at all, by another bundle."
                 )
         return scores
+
+
+class CropMixture(nn.Module):
+    """The mixture fitted to one crop of one slice, as a second stage (Rajapakse et al., section II-A).
+
+    The window's ends are left out: air below, and above CLIPPED bone and calcium, which the paper takes out at 250 of
+    255 grey values. There is nothing to train.
+
+    Args:
+        window_hu: what 0 and 1 of a crop stand for.
+        blood_hu: see `BrainMixture`.
+    """
+
+    torch_only = True  # scikit-learn fits it
+
+    def __init__(self, window_hu: Sequence[float], blood_hu: float = 45.0) -> None:
+        super().__init__()
+        self.low_hu, self.high_hu = float(window_hu[0]), float(window_hu[1])
+        self.blood_hu = blood_hu
+
+    def forward(self, crops: torch.Tensor) -> torch.Tensor:
+        """(N, 1, H, W) crops in [0, 1] to (N, 2, H, W) logits."""
+        scores = [self._blood(crop[0]) for crop in crops.detach().cpu().float().numpy()]
+        blood = torch.as_tensor(np.stack(scores), device=crops.device)[:, None]
+        return torch.logit(torch.cat([1 - blood, blood], dim=1), eps=1e-6) / 2
+
+    def _blood(self, crop: NDArray[np.float32]) -> NDArray[np.float32]:
+        score = np.zeros(crop.shape, np.float32)
+        soft = (crop > 0) & (crop <= CLIPPED)
+        if np.count_nonzero(soft) >= len(START_HU):
+            values_hu = self.low_hu + crop[soft] * (self.high_hu - self.low_hu)
+            score[soft] = blood_probability(values_hu, self.blood_hu)
+        return score
 
 
 def brain_mask(image_hu: NDArray[Any], pixel_mm: Sequence[float]) -> NDArray[np.bool_]:
