@@ -125,7 +125,6 @@ def fine_tune(versions: Versions, manifest: Path, epochs: int, *, run: Mapping[s
                 started_from=served,
                 dice_before=handler.start_metric,
                 dice_after=handler.best_metric,
-                served=handler.best_metric >= handler.start_metric,
                 n_train=_count(cases, "train"),
                 n_val=_count(cases, "val"),
                 weights_sha256=bundle.metadata["weights_sha256"],

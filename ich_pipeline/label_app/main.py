@@ -5,6 +5,7 @@ MONAI Label runs this file by path, in the server and again in the process of ev
 
 import ctypes
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -180,8 +181,11 @@ class Masks:
 def _finished(segmenter: Segmenter, prediction: Prediction) -> tuple[str, CaseRow]:
     """Mask file in a folder of its own, and the row that `ich-pipeline segment` would write."""
     folder = Path(tempfile.mkdtemp(prefix="ich-label-"))
-    pipeline = Pipeline(segmenter, folder, None, RunReport({}), dicom=False)
-    row = pipeline.finish(prediction)
+    try:
+        row = Pipeline(segmenter, folder, None, RunReport({}), dicom=False).finish(prediction)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
     return str(row.mask), row
 
 
@@ -260,7 +264,7 @@ class Next(Strategy):
         self.name, self.models, self.file = name, models, file
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any] | None:
-        """Id of the scan, its score in mL and the strategy; None when every scan has a final label."""
+        """Id of the scan, and its score in mL if it has one; None when every scan has a final label."""
         images = images_of(datastore)
         waiting = [name for name in datastore.get_unlabeled_images() if name in images]
         if not waiting:
@@ -273,7 +277,7 @@ class Next(Strategy):
             threshold_ml=checks.threshold_ml(request, THRESHOLD_ML),
         )
         name, score_ml = order[0] if order else (min(waiting), None)
-        return {"id": name, "score_ml": score_ml, "strategy": self.name}
+        return {"id": name, "score_ml": score_ml}
 
 
 class LabelApp(MONAILabelApp):

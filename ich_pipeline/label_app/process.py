@@ -55,8 +55,8 @@ def require_extra() -> None:
     """
     if importlib.util.find_spec("monailabel") is None:
         raise ConfigError(
-            "the server needs MONAI Label, not installed here. It wants numpy 1 and pydicom 2, so give it an environment "
-            'of its own: pip install "ich-pipeline[label]"'
+            "the server needs MONAI Label, not installed here. It wants numpy 1 and pydicom 2, so give it an "
+            'environment of its own: pip install "ich-pipeline[label]"'
         )
 
 
@@ -106,7 +106,6 @@ def start(serving: Serving) -> int:
         # Before anything of MONAI Label is imported: it reads its settings then, and its child processes inherit them.
         os.environ |= _environment(serving, scratch)
         tempfile.tempdir = scratch
-        began = time.monotonic()
         import psutil
 
         from ich_pipeline.label_app.server import run
@@ -114,7 +113,7 @@ def start(serving: Serving) -> int:
         host = f"[{serving.host}]" if ":" in serving.host else serving.host
         me = psutil.Process()
         record = {"pid": me.pid, "created": me.create_time(), "url": f"http://{host}:{serving.port}/"}
-        _say_when_up(serving, record, began)
+        _say_when_up(serving, record)
         try:
             ended_by = run(serving)
         finally:
@@ -150,7 +149,7 @@ def _require_port(host: str, port: int) -> None:
             raise ConfigError(f"--host {host} --port {port}: {error.strerror}. Give another one.") from error
 
 
-def _say_when_up(serving: Serving, record: dict[str, Any], began: float) -> None:
+def _say_when_up(serving: Serving, record: dict[str, Any]) -> None:
     """Once the port answers, leave the server's file and one line on stdout."""
 
     def wait() -> None:
@@ -161,7 +160,7 @@ def _say_when_up(serving: Serving, record: dict[str, Any], began: float) -> None
             except OSError:
                 time.sleep(0.1)
         write_json(serving.out / SERVER_FILE, record)
-        seconds = time.monotonic() - began
+        seconds = time.time() - record["created"]
         print(f"{record['url']} after {seconds:.0f} s; models: {', '.join(serving.bundles)}", flush=True)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -44,9 +44,9 @@ def apply_prompt(
     """A new mask of what is there, what the network says and what the user drew.
 
     Inside the box the mask is what reaches the threshold; outside it is what it was. Clicks are honoured by
-    26-connected component, and inside the box where there is one. A background click removes the piece it is in; one that
-    shares it with a foreground click removes what a higher cut parts from that. A foreground click beside the mask adds
-    the piece it is in at a half, a quarter or an eighth of the threshold.
+    26-connected component, and inside the box where there is one. A background click removes the piece it is in; one
+    that shares it with a foreground click removes what a higher cut parts from that. A foreground click beside the mask
+    adds the piece it is in at a half, a quarter or an eighth of the threshold.
 
     Args:
         probability: (I, J, K) in [0, 1].

@@ -24,11 +24,15 @@ class Outcome:
     started_from: int
     dice_before: float
     dice_after: float
-    served: bool
     n_train: int
     n_val: int
     weights_sha256: str
     mlflow_run_id: str | None
+
+    @property
+    def served(self) -> bool:
+        """Whether the version is served from then on: its Dice is not lower, and is a number."""
+        return self.dice_after >= self.dice_before
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Versions:
 
     def record(self, outcome: Outcome) -> None:
         """Keep how a training ended, and serve its version if it is to be served."""
-        write_json(self.folder / str(outcome.version) / OUTCOME_FILE, asdict(outcome))
+        write_json(self.folder / str(outcome.version) / OUTCOME_FILE, asdict(outcome) | {"served": outcome.served})
         if outcome.served:
             self.serve(outcome.version)
 
