@@ -27,7 +27,7 @@ from ich_pipeline.inference import Segmenter
 from ich_pipeline.label_app import checks, learning, process, scores
 from ich_pipeline.label_app.checks import RequestError
 from ich_pipeline.label_app.guard import Guard
-from ich_pipeline.label_app.prompt import NO_BLOOD, Prompt, PromptError, apply_prompt
+from ich_pipeline.label_app.prompt import NO_BLOOD, OUTSIDE, Prompt, PromptError, apply_prompt
 from ich_pipeline.label_app.versions import Outcome, Versions
 from ich_pipeline.manifest import read_manifest
 from ich_pipeline.records import CaseRecord
@@ -153,7 +153,6 @@ def test_a_box_may_be_reversed_and_reach_out_of_the_scan() -> None:
         ({"foreground": [[1, 2]]}, "expected up to"),
         ({"foreground": "here"}, "expected up to"),
         ({"background": [[1, 2, 99]]}, "outside the scan"),
-        ({"roi": [0, 5, 0, 5, 0, 5], "foreground": [[9, 1, 1]]}, "outside the box"),
     ],
 )
 def test_a_prompt_that_is_none(params: dict[str, Any], reason: str) -> None:
@@ -238,6 +237,15 @@ def test_a_foreground_click_where_nothing_is_says_so() -> None:
     mask, _, flags = apply_prompt(p, 0.5, current, Prompt(None, ((8, 8, 8),)))
     assert flags == (NO_BLOOD,)
     assert np.array_equal(mask, current)
+
+
+def test_clicks_outside_the_box_change_nothing_and_are_flagged() -> None:
+    p, current = blobs()
+    box = ((0, 20), (0, 8), (1, 10))
+    plain, *_ = apply_prompt(p, 0.5, current, Prompt(box))
+    clicked, _, flags = apply_prompt(p, 0.5, current, Prompt(box, ((3, 11, 3),), ((10, 15, 6),)))
+    assert flags == (OUTSIDE,)
+    assert np.array_equal(plain, clicked)
 
 
 def test_clicks_alone_work_on_the_mask_as_it_is() -> None:
@@ -539,6 +547,31 @@ def test_the_guard_refuses(guard: Guard, headers: dict[str, str], status: int, s
     found, body = ask(guard, **headers)
     assert found == status
     assert sentence in json.loads(body)["detail"]
+
+
+def test_a_refusal_comes_after_what_was_sent_and_not_after_all_that_could_be() -> None:
+    """A client that still sends when the connection closes never reads the answer; one that never ends is let go."""
+    asked: list[int] = []
+
+    def body_of(chunks: int) -> tuple[int, str]:
+        asked.clear()
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            asked.append(1)
+            return {"type": "http.request", "body": b"x" * 2**18, "more_body": len(asked) < chunks}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "path": "/", "headers": [(b"host", b"evil")]}
+        asyncio.run(guarded()(scope, receive, send))
+        return sent[0]["status"], sent[1]["body"].decode()
+
+    assert body_of(3)[0] == 400
+    assert len(asked) == 3
+    assert body_of(1000)[0] == 400
+    assert len(asked) == 5
 
 
 def test_the_guard_counts_what_comes_without_a_length() -> None:

@@ -130,10 +130,10 @@ def prompt_of(params: Mapping[str, Any], shape: tuple[int, int, int]) -> Prompt:
     is in it when its centre is. `foreground` and `background` are lists of [i, j, k].
 
     Raises:
-        RequestError: not numbers, a box that holds no voxel, a click outside the scan or outside the box, or nothing.
+        RequestError: not numbers, a box that holds no voxel, a click outside the scan, or nothing at all.
     """
     box = _box(params["roi"], shape) if params.get("roi") else None
-    foreground, background = (_clicks(params, name, shape, box) for name in ("foreground", "background"))
+    foreground, background = (_clicks(params, name, shape) for name in ("foreground", "background"))
     if box is None and not foreground and not background:
         raise RequestError("neither roi nor foreground nor background. Draw a box, or click into or beside the bleed.")
     return Prompt(box, foreground, background)
@@ -155,9 +155,7 @@ def _box(roi: Any, shape: tuple[int, int, int]) -> Box:
     return tuple(box)
 
 
-def _clicks(
-    params: Mapping[str, Any], name: str, shape: tuple[int, int, int], box: Box | None
-) -> tuple[tuple[int, int, int], ...]:
+def _clicks(params: Mapping[str, Any], name: str, shape: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
     given = params.get(name) or []
     wrong = not isinstance(given, list) or len(given) > MAX_CLICKS
     if wrong or not all(isinstance(c, list) and len(c) == 3 and all(map(_is_number, c)) for c in given):
@@ -165,10 +163,8 @@ def _clicks(
     clicks = []
     for click in given:
         i, j, k = (round(value) for value in click)
-        limits = box or tuple((0, n) for n in shape)
-        if not all(a <= value < b for value, (a, b) in zip((i, j, k), limits, strict=True)):
-            where = f"the box {box}" if box else f"the scan {shape}"
-            raise RequestError(f"{name} click {click} lies outside {where}. Click inside it.")
+        if not all(0 <= value < n for value, n in zip((i, j, k), shape, strict=True)):
+            raise RequestError(f"{name} click {click} lies outside the scan {shape}. Click inside it.")
         clicks.append((i, j, k))
     return tuple(clicks)
 

@@ -43,6 +43,7 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         refusal = self.refusal(scope["path"], headers)
         if refusal:
+            await self._drain(receive)
             await _answer(send, *refusal)
             return
         seen, begun = 0, False
@@ -67,6 +68,7 @@ class Guard:
         except Exception:
             if seen <= self.max_bytes or begun:
                 raise
+            await self._drain(receive)
             await _answer(send, *self._too_large())
 
     def refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
@@ -93,6 +95,15 @@ class Guard:
             return 400, f"Content-Length {length[:50]!r}: expected a number."
         return self._too_large() if int(length) > self.max_bytes else None
 
+    async def _drain(self, receive: Receive) -> None:
+        """Read what still comes and drop it, within bounds: a connection that is closed first hides the answer."""
+        dropped = 0
+        while dropped <= self.max_bytes:
+            message = await receive()
+            dropped += len(message.get("body", b""))
+            if not message.get("more_body"):
+                return
+
     def _too_large(self) -> tuple[int, str]:
         return (
             413,
@@ -105,7 +116,6 @@ async def _answer(send: Send, status: int, sentence: str) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    # What is still coming is not read: the connection ends with the answer.
     headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

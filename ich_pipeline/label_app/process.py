@@ -102,7 +102,7 @@ def start(serving: Serving) -> int:
         )
     _require_port(serving.host, serving.port)
     serving.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="ich-label-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="ich-label-", ignore_cleanup_errors=True) as scratch:
         # Before anything of MONAI Label is imported: it reads its settings then, and its child processes inherit them.
         os.environ |= _environment(serving, scratch)
         tempfile.tempdir = scratch

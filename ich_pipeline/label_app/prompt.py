@@ -18,6 +18,8 @@ CUTS_UP = 16
 # Shares of the threshold at which a click beside the mask is looked for a piece of its own.
 CUTS_DOWN = (0.5, 0.25, 0.125)
 NO_BLOOD = "click_without_blood"  # flag: nothing there reaches the lowest cut
+# Flag: 3D Slicer sends every click of a segment again with every box, those from before too.
+OUTSIDE = "click_outside_box"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def apply_prompt(
         probability: (I, J, K) in [0, 1].
         threshold: of the bundle.
         current: (I, J, K), the mask so far.
-        prompt: clicks lie inside the box.
+        prompt: what the user drew; clicks outside the box change nothing, and are flagged.
 
     Returns:
         uint8 mask, a probability that goes with it (1 and 0 where the user or an earlier mask decided), and flags.
@@ -65,10 +67,12 @@ def apply_prompt(
     p = probability[where]
     found = p >= threshold if prompt.box else current[where]
     foreground, background = (
-        [(i - origin[0], j - origin[1], k - origin[2]) for i, j, k in clicks]
+        [(i - origin[0], j - origin[1], k - origin[2]) for i, j, k in clicks if _inside((i, j, k), prompt.box)]
         for clicks in (prompt.foreground, prompt.background)
     )
     piece, flags = _honour(found, p, threshold, foreground, background)
+    if len(foreground) + len(background) < len(prompt.foreground) + len(prompt.background):
+        flags += (OUTSIDE,)
     mask = current.copy()
     mask[where] = piece
     decided = mask.astype(np.float32)
@@ -127,6 +131,10 @@ def _piece(mask: Bools, click: Voxel) -> Bools | None:
         return None
     labels = cc3d.connected_components(mask, connectivity=26)
     return np.asarray(labels == labels[click], dtype=bool)
+
+
+def _inside(click: Voxel, box: Box | None) -> bool:
+    return box is None or all(a <= n < b for n, (a, b) in zip(click, box, strict=True))
 
 
 def _any(mask: Bools, clicks: list[Voxel]) -> bool:

@@ -47,6 +47,7 @@ store_lock = threading.RLock()
 
 Words = Annotated[str, Form()]
 Upload = Annotated[UploadFile, File()]
+MaybeUpload = Annotated[UploadFile | None, File()]
 
 
 def build(serving: Serving) -> FastAPI:
@@ -252,8 +253,8 @@ def _add_writing(app: FastAPI) -> None:
         image: str = "",
         session_id: str = "",
         params: Words = "{}",
-        file: Upload | None = None,
-        label: Upload | None = None,
+        file: MaybeUpload = None,
+        label: MaybeUpload = None,
         output: str = "all",
     ) -> Response:
         if model not in app_instance()._infers:
@@ -380,13 +381,9 @@ def _weights(versions: Any) -> str | None:
 
 
 def stop_tasks() -> None:
-    """End trainings and scorings, those that wait in line first."""
+    """Let no training or scoring begin any more; those that run are ended with the server's other child processes."""
     for executor in background.background_executors.values():
-        if executor:
-            executor.shutdown(wait=False, cancel_futures=True)
-    for name in TASKS:
-        if background.processes(name):
-            AsyncTask.stop(name)
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 # ---------------------------------------------------------------- the rest
