@@ -16,6 +16,8 @@ TAG = re.compile(r"[A-Za-z0-9_-]{1,40}")
 SUFFIXES = (".nii.gz", ".nii")
 # A client may not choose files, models or code of this machine; MONAI Label's own server takes all of these.
 NOT_A_CLIENTS = ("image", "model", "model_filename", "path", "bundle_path")
+FINAL = "final"  # tag of a corrected label, as MONAI Label has it
+BOX_SUFFIX = "_box"  # of the model that takes a box, behind the bundle's name
 MAX_EPOCHS = 1000
 MAX_CLICKS = 1000
 

@@ -89,11 +89,11 @@ def fine_tune(versions: Versions, manifest: Path, epochs: int, *, run: Mapping[s
     out = versions.next_folder()
     out.mkdir(parents=True)
     defaults = Settings.of([])
-    config = source.config("train")
-    rate = {"learning_rate": config["learning_rate"] * RATE_SHARE} if "learning_rate" in config else {}
+    # Of version 0: a version has been trained at a share of it already.
+    rate = versions.source.config("train")["learning_rate"] * RATE_SHARE
     settings = Settings(
         {**defaults.run, **(run or {}), "preset": None},
-        {"data": str(manifest), "epochs": epochs, "validate_every": 1, "patience": 0, **rate},
+        {"data": str(manifest), "epochs": epochs, "validate_every": 1, "patience": 0, "learning_rate": rate},
     )
     prepare_run(source, settings, out, resume=False)
     bundle = type(source)(out / "bundle")

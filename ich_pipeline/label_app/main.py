@@ -38,8 +38,6 @@ from ich_pipeline.report import CaseRow, measures
 from ich_pipeline.run_report import RunReport
 from ich_pipeline.volumetry import THRESHOLD_ML
 
-BOX_SUFFIX = "_box"
-SCORING = "ich"
 DEFAULT_EPOCHS = 20
 KEPT_MASKS = 16  # of 10 MB each, for a scan of 512 x 512 x 40
 # What 3D Slicer shows of a result; all other columns of volumes.csv come with it.
@@ -228,8 +226,10 @@ class FineTune(TrainTask):
 
 def labelled(datastore: Datastore) -> dict[str, tuple[Path, Path]]:
     """Scan and final label by image id, in the order in which they were labelled."""
-    names = sorted(datastore.get_labeled_images(), key=lambda n: (datastore.get_label_info(n, "final").get("ts", 0), n))
-    return {n: (Path(datastore.get_image_uri(n)), Path(datastore.get_label_uri(n, "final"))) for n in names}
+    names = sorted(
+        datastore.get_labeled_images(), key=lambda n: (datastore.get_label_info(n, checks.FINAL).get("ts", 0), n)
+    )
+    return {n: (Path(datastore.get_image_uri(n)), Path(datastore.get_label_uri(n, checks.FINAL))) for n in names}
 
 
 class Score(ScoringMethod):
@@ -313,7 +313,7 @@ class LabelApp(MONAILabelApp):
         boxes = {
             n: SegmentInBox(each, self.masks) for n, each in self.served.items() if takes_boxes(each.versions.source)
         }
-        return tasks | {f"{name}{BOX_SUFFIX}": task for name, task in boxes.items()}
+        return tasks | {f"{name}{checks.BOX_SUFFIX}": task for name, task in boxes.items()}
 
     def init_trainers(self) -> dict[str, TrainTask]:
         """A trainer for each bundle that learns in one stage."""
@@ -330,7 +330,7 @@ class LabelApp(MONAILabelApp):
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         """One that fills the file of scores."""
-        return {SCORING: Score(self.served, self.scores_file)}
+        return {scores.SCORING: Score(self.served, self.scores_file)}
 
     def on_init_complete(self) -> None:
         """Nothing: MONAI Label would start threads here that clean sessions, which this app has none of."""

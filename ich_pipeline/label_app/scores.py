@@ -20,6 +20,7 @@ STRATEGIES = {
     NEAR_THRESHOLD: "the scan whose predicted volume is nearest a threshold, by default 30 mL (threshold_ml)",
     DISAGREEMENT: "the scan of which the models' masks differ most, in mL",
 }
+SCORING = "ich"  # name of the method that fills the file of scores
 Scores = dict[str, dict[str, Any]]
 # Rows of voxels whose entropy is taken at a time: float64 copies of a whole thin-slice scan are gigabytes.
 ROWS = 64

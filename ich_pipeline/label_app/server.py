@@ -41,7 +41,6 @@ from ich_pipeline.restoring import write_mask
 
 TASKS = ("train", "scoring")
 RUNNING = ("SUBMITTED", "RUNNING")
-SCORING = "ich"
 # MONAI Label's list of scans and labels is not made for threads.
 store_lock = threading.RLock()
 
@@ -231,8 +230,8 @@ def _add_writing(app: FastAPI) -> None:
         return {"image": name}
 
     @app.put("/datastore/label")
-    def save_label(image: str, label: Upload, params: Words = "{}", tag: str = "final") -> dict[str, str]:
-        tag = checks.label_tag(tag or "final")
+    def save_label(image: str, label: Upload, params: Words = "{}", tag: str = checks.FINAL) -> dict[str, str]:
+        tag = checks.label_tag(tag or checks.FINAL)
         saved, scan = _parsed(params), _image(image)
         with _received(label) as received:
             assert received is not None
@@ -244,7 +243,8 @@ def _add_writing(app: FastAPI) -> None:
             write_mask(own, mask.values, header.grid, header.forms)
             with store_lock:
                 _datastore().save_label(image, str(own), tag, saved)
-        app_instance().masks.forget(image)
+        if tag == checks.FINAL:
+            app_instance().masks.forget(image)
         return {"image": image, "label": image}
 
     @app.post("/infer/{model}")
@@ -272,7 +272,7 @@ def _add_writing(app: FastAPI) -> None:
             if own_scan is None:
                 request |= {"image": str(_image(image)), "image_id": image}
                 with store_lock:
-                    saved = _datastore().get_label_uri(image, "final")
+                    saved = _datastore().get_label_uri(image, checks.FINAL)
                 request["saved_label"] = saved if saved and Path(saved).is_file() else None
             else:
                 request |= {"image": str(own_scan), "image_id": own_scan.parent.name}
@@ -339,7 +339,7 @@ def _add_tasks(app: FastAPI) -> None:
     for name in TASKS:
         _add_task_routes(app, name)
 
-    @app.post(f"/scoring/{SCORING}")
+    @app.post(f"/scoring/{scores.SCORING}")
     def score() -> Any:
         return score_what_is_new() or {"status": "DONE", "details": ["every scan has its scores"]}
 
@@ -372,7 +372,7 @@ def score_what_is_new() -> Any:
         weights = {n: _weights(each.versions) for n, each in instance.served.items()}
         if not scores.stale(scores.read_scores(instance.scores_file), images, weights):
             return None
-        return AsyncTask.run("scoring", request={"method": SCORING})[0]
+        return AsyncTask.run("scoring", request={"method": scores.SCORING})[0]
 
 
 def _weights(versions: Any) -> str | None:
@@ -426,7 +426,7 @@ def status_page() -> str:
             "description": each.versions.source.metadata["description"],
             "served": each.versions.served,
             "sha256": (_weights(each.versions) or "none")[:12],
-            "box": name + "_box" in instance._infers,
+            "box": [n for n in instance._infers if n == name + checks.BOX_SUFFIX],
             "history": each.versions.history(),
         }
         for name, each in instance.served.items()
