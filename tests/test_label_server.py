@@ -422,6 +422,7 @@ BAD: dict[str, tuple[Call, int, str]] = {
     "params.image": (infer(params='{"image": "/etc/passwd"}'), 422, "params.image is not taken"),
     "params.model_filename": (infer(params='{"model_filename": "x.pt"}'), 422, "params.model_filename is not taken"),
     "params are no JSON": (infer(params="{"), 400, "no JSON"),
+    "params without end": (infer(params="[" * 100_000), 400, "no JSON"),
     "params are a list": (infer(params="[]"), 400, "found list"),
     "a session": (infer(query={"session_id": "../x"}), 400, "sessions are not offered"),
     "a box of text": (infer("cascade3d_box", params='{"roi": ["a", 1, 2, 3, 4, 5]}'), 422, "six numbers"),

@@ -166,7 +166,7 @@ def _received(upload: UploadFile | None) -> Iterator[Path | None]:
 def _parsed(text: str) -> dict[str, Any]:
     try:
         return checks.own_params(json.loads(text or "{}"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise RequestError(f"params: no JSON: {error}. Send an object of names and values.", 400) from error
 
 
