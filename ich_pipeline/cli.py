@@ -308,14 +308,14 @@ def label_start(
         list[str] | None, typer.Option("--origin", help="web page that may ask, as https://viewer.example")
     ] = None,
     max_upload_mib: Annotated[int, typer.Option("--max-upload-mib", min=1, help="largest upload")] = 1024,
-) -> int:
+) -> None:
     """Serve bundles to 3D Slicer by MONAI Label, until Ctrl-C or `label stop`. Needs the extra `label`.
 
     Example: ich-pipeline label start --studies scans --bundles cascade3d,unet3d
     """
     from ich_pipeline import label_commands
 
-    return label_commands.start(studies, bundles, host, port, out, origin or [], max_upload_mib)
+    label_commands.start(studies, bundles, host, port, out, origin or [], max_upload_mib)
 
 
 @label_app.command("stop")

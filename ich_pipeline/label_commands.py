@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from ich_pipeline import bundles
 from ich_pipeline.bundles import Bundle
@@ -22,16 +23,13 @@ def start(
     out: Path,
     origins: Sequence[str],
     max_upload_mib: int,
-) -> int:
-    """Serve until Ctrl-C or `stop`.
+) -> NoReturn:
+    """Serve until Ctrl-C or `stop`, then end this process: 0, or 130 after Ctrl-C.
 
     Args:
         studies: folder of NIfTI scans.
         names: bundles with commas between them; None takes every one with weights, and those that need none.
         origins: web pages that may ask, besides the server's own.
-
-    Returns:
-        0; 130 after Ctrl-C.
 
     Raises:
         ConfigError: the extra is not installed, no such folder or bundle, a bundle without weights or with changed
@@ -59,7 +57,7 @@ def start(
     out = out.resolve()
     serving = process.Serving(studies.resolve(), chosen, out, host, port, tuple(origins), max_upload_mib, token)
     write_json(out / BUNDLES_FILE, {name: str(path) for name, path in chosen.items()})
-    return process.start(serving)
+    process.start(serving)
 
 
 def _chosen(names: str | None) -> list[Bundle]:

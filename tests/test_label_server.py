@@ -92,7 +92,7 @@ def start(studies: Path, out: Path, bundles: str, *more: str, **environment: str
 
 def ended(server: Server, number: int) -> int:
     server.process.send_signal(number)
-    return server.process.wait(60)
+    return server.process.wait(WAIT)
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
@@ -538,7 +538,7 @@ def test_nothing_outlives_the_server(bundle: Bundle, cases: Path, tmp_path: Path
         words = [sys.executable, "-m", "ich_pipeline", "label", "stop", "--out", str(server.out)]
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         assert done.stdout == f"stopped {server.url}/\n"
-        assert server.process.wait(60) == 0
+        assert server.process.wait(WAIT) == 0
     else:
         assert ended(server, signal.SIGINT) == 130
     _, left = psutil.wait_procs(list(children), timeout=10)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import secrets
+import signal
 import socket
 import sys
 import tempfile
@@ -12,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ich_pipeline.bundles import Bundle
 from ich_pipeline.errors import ConfigError
@@ -22,7 +23,7 @@ from ich_pipeline.label_app.guard import LOOPBACK
 SERVER_FILE = "server.json"
 TOKEN_VARIABLE = "ICH_LABEL_TOKEN"
 SHORTEST_TOKEN = 20  # characters
-STOP_SECONDS = 15
+STOP_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,8 @@ def named(bundles: Sequence[Bundle]) -> dict[str, Path]:
     return found
 
 
-def start(serving: Serving) -> int:
-    """Serve until Ctrl-C or `stop`; nothing that was started outlives it.
-
-    Returns:
-        0; 130 after Ctrl-C.
+def start(serving: Serving) -> NoReturn:
+    """Serve until Ctrl-C or `stop`, then end this process (0, or 130 after Ctrl-C) and all that it started.
 
     Raises:
         ConfigError: a server runs with this folder already, or the port is taken.
@@ -119,7 +117,10 @@ def start(serving: Serving) -> int:
         finally:
             kill(me.children(recursive=True))
             (serving.out / SERVER_FILE).unlink(missing_ok=True)
-    return 130 if ended_by == 2 else 0
+    # At once: the interpreter would first wait for the thread of a scan that is still being inferred.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130 if ended_by == signal.SIGINT else 0)
 
 
 def _environment(serving: Serving, scratch: str) -> dict[str, str]:
