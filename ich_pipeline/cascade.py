@@ -85,6 +85,26 @@ class CascadeInferer(Inferer):
                     self.regions[item, 0] = region
         return convert_to_dst_type(total / len(flips), inputs)[0]
 
+    def look_in(self, inputs: torch.Tensor, network: CascadeUNet, box: Window) -> torch.Tensor:
+        """Stage two in a box that a user drew, whatever stage one says of it; not mirrored.
+
+        Args:
+            inputs: (1, 1, S, R, C) on the model grid, any size.
+            network: in evaluation mode.
+            box: voxels of `inputs`.
+
+        Returns:
+            (1, 1, S, R, C) float32 in [0, 1]; 0 outside the window that stage two takes to see all of the box.
+        """
+        image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        shape = image.shape[2:]
+        image = _pad(image, network)
+        low, high = [s.start for s in box], [s.stop for s in box]
+        window = window_around(low, high, image.shape[2:], network.margin, network.divisible)
+        score = torch.zeros_like(image)
+        score[(..., *window)] = _foreground(self._look(image, window, network))
+        return convert_to_dst_type(score[..., : shape[0], : shape[1], : shape[2]], inputs)[0]
+
     def coarse_probability(self, image: torch.Tensor, network: CascadeUNet) -> torch.Tensor:
         """Stage one's foreground probability of a padded head, on the model grid."""
         reduced = network.reduce(image)

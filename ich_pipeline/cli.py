@@ -26,6 +26,10 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Tables of cases (manifests).", rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+label_app = typer.Typer(
+    no_args_is_help=True, help="MONAI Label: correct masks in 3D Slicer, and train on them.", rich_markup_mode=None
+)
+app.add_typer(label_app, name="label")
 
 Words = Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]...", help="settings of the run or of the bundle")]
 ScansAndWords = Annotated[
@@ -320,6 +324,61 @@ def data_boxes(
     boxes = boxes_of_labels(manifest, subtypes=subtypes, regions=regions)
     print(write_boxes(out or manifest.with_name(BOXES_FILE), boxes))
     return OK
+
+
+LabelOut = Annotated[Path, typer.Option("--out", help="folder of the server: trained versions, scores")]
+LABEL_OUT = Path("runs/label")
+
+
+@label_app.command("start")
+def label_start(
+    studies: Annotated[Path, typer.Option("--studies", help="folder of NIfTI scans; labels are kept there too")],
+    bundles: Annotated[
+        str | None, typer.Option("--bundles", help="names or folders, with commas; by default all that can segment")
+    ] = None,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
+    host: Annotated[str, typer.Option("--host", help="other than loopback only with ICH_LABEL_TOKEN")] = "127.0.0.1",
+    out: LabelOut = LABEL_OUT,
+    origin: Annotated[
+        list[str] | None, typer.Option("--origin", help="web page that may ask, as https://viewer.example")
+    ] = None,
+    max_upload_mib: Annotated[int, typer.Option("--max-upload-mib", min=1, help="largest upload")] = 1024,
+) -> None:
+    """Serve bundles to 3D Slicer by MONAI Label, until Ctrl-C or `label stop`. Needs the extra `label`.
+
+    Example: ich-pipeline label start --studies scans --bundles cascade3d,unet3d
+    """
+    from ich_pipeline import label_commands
+
+    label_commands.start(studies, bundles, host, port, out, origin or [], max_upload_mib)
+
+
+@label_app.command("stop")
+def label_stop(out: LabelOut = LABEL_OUT) -> int:
+    """Stop the server that was started with this folder, and everything it runs.
+
+    Example: ich-pipeline label stop
+    """
+    from ich_pipeline import label_commands
+
+    return label_commands.stop(out)
+
+
+@label_app.command("versions")
+def label_versions(
+    name: Annotated[str | None, typer.Argument(help="model; by default every one")] = None,
+    serve: Annotated[int | None, typer.Option("--serve", help="take this version of NAME from now on")] = None,
+    out: LabelOut = LABEL_OUT,
+) -> int:
+    """List the versions of the served bundles, or take one back: 0 is the bundle that was named at the start.
+
+    Example: ich-pipeline label versions
+
+    Example: ich-pipeline label versions cascade3d --serve 0
+    """
+    from ich_pipeline import label_commands
+
+    return label_commands.versions(name, serve, out)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,7 +5,7 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import cache
@@ -270,18 +270,32 @@ class EngineInferer(Inferer):
         stages = [m for m in self._converted[1].modules() if isinstance(m, OpenVINOStage)]
         return {"engine": self.engine, "precision": "+".join(sorted({s.precision for s in stages if s.precision}))}
 
+    @property
+    def takes_boxes(self) -> bool:
+        """Whether the wrapped inferer can look at a box that a user drew: it has a method `look_in`."""
+        return hasattr(self.inferer, "look_in")
+
     def __call__(self, inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the wrapped inferer; (B, C, ...) in, its output in float32."""
+        return self._run(self.inferer, inputs, network, *args, **kwargs)
+
+    def look_in(self, inputs: torch.Tensor, network: nn.Module, box: Sequence[slice]) -> torch.Tensor:
+        """The wrapped inferer's `look_in`: (1, C, ...) and a box of its voxels in, probability in float32."""
+        return self._run(self.inferer.look_in, inputs, network, box)
+
+    def _run(
+        self, call: Callable[..., torch.Tensor], inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         if inputs.device.type == "cpu":
             keep_heap()
         if self.engine == "openvino":
             if self._converted is None or self._converted[0] is not network:
                 self._converted = (network, to_openvino(network, self.amp))
             with torch.inference_mode():
-                return self.inferer(inputs, self._converted[1], *args, **kwargs).float()
+                return call(inputs, self._converted[1], *args, **kwargs).float()
         with torch.inference_mode(), autocast(inputs.device, self.amp):
             self._torch_precision = _precision(inputs.device)
-            return self.inferer(inputs, network, *args, **kwargs).float()
+            return call(inputs, network, *args, **kwargs).float()
 
 
 def _precision(device: torch.device) -> str:

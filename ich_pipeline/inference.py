@@ -18,7 +18,9 @@ from ich_pipeline.errors import ConfigError, own_errors
 from ich_pipeline.quality import fit_flags
 from ich_pipeline.reading import find_scans
 from ich_pipeline.records import CaseRecord, NativeMask, Scan
-from ich_pipeline.transforms import scan_of
+from ich_pipeline.transforms import Box, scan_of
+
+CORNER_TOLERANCE = 1e-6  # voxels: what arithmetic adds to a corner that lies on a voxel's edge
 
 
 def items(scans: str | Sequence[str]) -> list[dict[str, str]]:
@@ -154,6 +156,39 @@ class Segmenter:
             if loaded.data["image"].meta.get("boxes") == "[]":  # as `boxes.FindBoxesd` writes them
                 flags += ("no_boxes",)
             return Prediction(loaded.scan, NativeMask(mask, loaded.scan.grid), probability, flags, regions)
+
+    @property
+    def takes_boxes(self) -> bool:
+        """Whether the bundle can look at a box that a user drew."""
+        return bool(getattr(self.inferer, "takes_boxes", False))
+
+    def look_in(self, loaded: Loaded, box: Box) -> NDArray[np.float32]:
+        """Probability inside a box that a user drew, from the stage of the bundle that looks at regions.
+
+        Args:
+            loaded: a scan that was read.
+            box: (start, stop) for each array axis of the scan, in voxels.
+
+        Returns:
+            (I, J, K) float32 on the scan's grid; what it says outside the box is of no account.
+
+        Raises:
+            ConfigError: the bundle looks at whole scans only, or the box lies beside the head.
+        """
+        if not self.takes_boxes:
+            raise ConfigError(f"{self.name} looks at whole scans only, expected a bundle with a stage for regions.")
+        image = loaded.data["image"]
+        to_model = np.linalg.inv(np.asarray(image.affine, dtype=np.float64)) @ loaded.scan.grid.affine
+        # A voxel reaches half a step to both sides of its index.
+        corners = np.stack(np.meshgrid(*[(a - 0.5, b - 0.5) for a, b in box], indexing="ij"), axis=-1).reshape(-1, 3)
+        at = corners @ to_model[:3, :3].T + to_model[:3, 3] + 0.5
+        low = np.clip(np.floor(at.min(axis=0) + CORNER_TOLERANCE), 0, image.shape[1:]).astype(int)
+        high = np.clip(np.ceil(at.max(axis=0) - CORNER_TOLERANCE), 0, image.shape[1:]).astype(int)
+        if (high <= low).any():
+            raise ConfigError(f"{loaded.scan.case_id}: box {box} lies beside the head. Draw it over brain.")
+        window = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+        score = self.inferer.look_in(image[None].to(self.device), self.network, window)[0].cpu()
+        return np.asarray(self.restoring({**loaded.data, "pred": score})["pred"][0])
 
     def _native_regions(self, loaded: Loaded) -> NativeMask | None:
         """What a cascade's first stage found in the last call."""

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ich_pipeline.boxes import SOURCES
 from ich_pipeline.bundles import Bundle, Config, is_bundle, read_yaml, resolve, write_configs
-from ich_pipeline.engines import autocast, pick_device
+from ich_pipeline.engines import autocast, load_network, pick_device
 from ich_pipeline.errors import ConfigError, IchError, ManifestError
 from ich_pipeline.files import atomic_path, sha256_of, write_json
 from ich_pipeline.manifest import PHANTOM_FILE, read_manifest
@@ -241,6 +241,7 @@ class ResumableRun:
         self.weights, self.state_file = Path(weights), Path(state_file)
         self.validate_every, self.patience, self.seed, self.resume = validate_every, patience, seed, resume
         self.best_metric, self.best_epoch, self.waited = -float("inf"), 0, 0
+        self.start_metric: float | None = None
 
     def attach(self, engine: Engine) -> None:
         """Attach to the trainer."""
@@ -312,6 +313,20 @@ class ResumableRun:
         if dist.is_initialized():
             for buffer in self.kept.buffers():
                 dist.broadcast(buffer, 0)
+
+    def start_from(self, weights: Path) -> float:
+        """Put weights that exist into the network, and validate them before anything is learnt.
+
+        Returns:
+            Their key metric, on the cases that this run validates on.
+
+        Raises:
+            ConfigError: the file is not whole, or does not fit the network.
+        """
+        network = self.parts["network"]
+        load_network(network, weights, next(network.parameters()).device)
+        self.evaluator.run(0)
+        return float(self.evaluator.state.metrics[self.metric_name])
 
     @property
     def metric_name(self) -> str:
@@ -570,23 +585,33 @@ def open_workflow(bundle: Path, overlays: Sequence[str] = (), **settings: Any) -
     )
 
 
-def train_bundle(bundle: Bundle, report: RunReport, *, resume: bool) -> ResumableRun:
+def train_bundle(bundle: Bundle, report: RunReport, *, resume: bool, start_from: Path | None = None) -> ResumableRun:
     """Run `train.yaml` of a prepared bundle, as `python -m monai.bundle run` does.
 
     Under torchrun `multi_gpu_train.yaml` is laid over it.
 
+    Args:
+        bundle: as `prepare_run` left it.
+        report: takes seconds and memory of every stage.
+        resume: go on from the last whole epoch.
+        start_from: weights of a bundle of the same network to learn on from.
+
     Returns:
-        The handler that kept the weights: best metric and epoch.
+        The handler that kept the weights: best metric and epoch, and with `start_from` the metric it began with.
     """
     workflow = open_workflow(bundle.path, resume=resume)
     with report.stage("start"):
         workflow.initialize()
         # Building the trainer loads and caches the cases.
         trainer = workflow.parser.get_parsed_content("train#trainer")
+    handler = next(h for h in workflow.parser.get_parsed_content("train#handlers") if isinstance(h, ResumableRun))
+    if start_from is not None:
+        with report.stage("validate"):
+            handler.start_metric = handler.start_from(start_from)
     with report.stage("train"):
         trainer.run()
     workflow.finalize()
-    return next(h for h in workflow.parser.get_parsed_content("train#handlers") if isinstance(h, ResumableRun))
+    return handler
 
 
 @contextmanager

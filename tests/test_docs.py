@@ -33,9 +33,13 @@ def commands_in(text: str) -> Iterator[str]:
 def written_commands() -> Iterator[tuple[str, str]]:
     for page in PAGES:
         yield from ((page.relative_to(ROOT).as_posix(), each) for each in commands_in(page.read_text()))
-    for function in (each.callback for each in (*cli.app.registered_commands, *cli.data_app.registered_commands)):
+    for function in (each.callback for each in cli_commands()):
         assert function is not None
         yield from ((f"help of {function.__name__}", each) for each in commands_in(function.__doc__ or ""))
+
+
+def cli_commands() -> list[Any]:
+    return [each for app in (cli.app, cli.data_app, cli.label_app) for each in app.registered_commands]
 
 
 def parse(line: str) -> None:

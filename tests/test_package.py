@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 RESOURCES = ("bundles", "configs", "data_manifests")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HEAVY = {"torch", "monai", "ignite", "mlflow", "matplotlib", "scipy", "highdicom"}
-LIGHT = ("cli", "bundles", "manifest", "errors", "labels", "files", "commands")
+LIGHT = ("cli", "bundles", "manifest", "errors", "labels", "files", "commands", "label_commands")
 # Dependencies that no line of the package imports; pyproject.toml says why each is there.
 NOT_IMPORTED = {"fire", "nvidia-ml-py", "python-gdcm"}
 
