@@ -471,13 +471,16 @@ def test_weights_that_got_worse_are_not_served(
 ) -> None:
     manifest = learning.assign_cases(tmp_path / "studies", studies_of(cases, tmp_path / "studies"))
     versions = Versions("tiny", tiny, tmp_path / "versions")
-    # The validation cases of the weights it begins with are exact, those after it are of a network that was blown up.
-    monkeypatch.setattr(learning, "RATE_SHARE", 1e3)
+    monkeypatch.setattr(learning, "RATE_SHARE", 1.0)
+    learned = learning.fine_tune(versions, manifest, 12, run={"tracking": False})
+    assert learned.dice_after > 0.1
+    assert versions.served == 1
+    monkeypatch.setattr(learning, "RATE_SHARE", 1e3)  # blows the network up
     found = learning.fine_tune(versions, manifest, 1, run={"tracking": False})
-    assert found.dice_after < found.dice_before
-    assert versions.served == 0
-    assert versions.history()[0]["served"] is False
-    assert versions.bundle(1).weights is not None  # it stays, to be looked at
+    assert found.dice_after < found.dice_before == pytest.approx(learned.dice_after)
+    assert versions.served == 1
+    assert [row["served"] for row in versions.history()] == [True, False]
+    assert versions.bundle(2).weights is not None  # it stays, to be looked at
 
 
 # ---------------------------------------------------------------- who may ask

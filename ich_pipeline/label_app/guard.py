@@ -46,12 +46,13 @@ class Guard:
             await self._drain(receive)
             await _answer(send, *refusal)
             return
-        seen, begun = 0, False
+        seen, more, begun = 0, True, False
 
         async def counted() -> dict[str, Any]:
-            nonlocal seen
+            nonlocal seen, more
             message = await receive()
             seen += len(message.get("body", b""))
+            more = bool(message.get("more_body"))
             if seen > self.max_bytes:
                 raise TooLargeError
             return message
@@ -68,7 +69,8 @@ class Guard:
         except Exception:
             if seen <= self.max_bytes or begun:
                 raise
-            await self._drain(receive)
+            if more:  # after the last part, the next message would be the client's leaving, who waits for an answer
+                await self._drain(receive)
             await _answer(send, *self._too_large())
 
     def refusal(self, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
