@@ -198,7 +198,8 @@ def to_openvino(network: nn.Module, amp: str | bool) -> nn.Module:
     """The network with its stages (or all of it) run by OpenVINO.
 
     Raises:
-        ConfigError: the extra `openvino` is not installed, or the network is not on the CPU.
+        ConfigError: the extra `openvino` is not installed, the network is not on the CPU, or it says that none of its
+            parts can be converted (`stage_names` is empty).
     """
     try:
         import openvino  # noqa: F401
@@ -207,6 +208,9 @@ def to_openvino(network: nn.Module, amp: str | bool) -> nn.Module:
     if any(p.device.type != "cpu" for p in network.parameters()):
         raise ConfigError("engine=openvino runs on the CPU: use device=cpu")
     stages = getattr(network, "stage_names", None)
+    if stages == ():
+        # Tracing would freeze what it found in the first scan into the course of all others.
+        raise ConfigError("engine=openvino: this network's course depends on what it finds. Use engine=torch.")
     if stages is None:
         return OpenVINOStage(network, amp)
     converted = deepcopy(network)
@@ -256,6 +260,11 @@ class EngineInferer(Inferer):
     def regions(self) -> torch.Tensor | None:
         """Where a cascade's first stage found something in the last call, (B, 1, ...) bool; None of other inferers."""
         return getattr(self.inferer, "regions", None)
+
+    @property
+    def surroundings(self) -> torch.Tensor | None:
+        """Hemorrhage or edema in the last call, (B, 1, ...) probability; None where nobody asked for it."""
+        return getattr(self.inferer, "surroundings", None)
 
     @property
     def in_use(self) -> dict[str, str]:
