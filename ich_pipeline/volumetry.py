@@ -28,8 +28,8 @@ class LesionReport:
 
     `lesion` counts from 1 by falling volume; equal volumes by position, uppermost first, then anterior, then right.
     The centroid is in RAS+ mm. `subtype_ml` and `abc2_applies` are None for a mask without subtypes; the rules mean
-    something (`abc2_applies`) where most of the lesion is epidural or intraparenchymal. `score` is None unless a network
-    that finds instances made the mask (`with_lesion_scores`).
+    something (`abc2_applies`) where most of the lesion is epidural or intraparenchymal. `score` is None unless a
+    network that finds instances made the mask (`with_lesion_scores`).
     """
 
     lesion: int

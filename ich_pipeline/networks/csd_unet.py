@@ -1,6 +1,7 @@
 """U-Net whose skip connections are center-surround differences (Chang et al., JBHI 2023, section III-B)."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from monai.networks.blocks import Convolution
@@ -85,7 +86,7 @@ class CSDUNet(nn.Module):
         self.encoder = nn.ModuleList(_two_convolutions(a, b) for a, b in zip([1, *filters], filters, strict=False))
         self.dropout = nn.Dropout(dropout)
         self.skips = CenterSurround(filters)
-        pairs = list(zip(filters, filters[1:], strict=False))
+        pairs = list(pairwise(filters))
         self.up = nn.ModuleList(nn.ConvTranspose2d(deep, high, 2, stride=2) for high, deep in pairs)
         self.decoder = nn.ModuleList(_two_convolutions(2 * high, high) for high, _ in pairs)
         self.head = nn.Conv2d(filters[0], 1, 1)

@@ -258,7 +258,9 @@ class ScaleAdaptiveHeads(RoIHeads):
         logits, deltas = self._boxes(features, proposals, sizes)
         truth = torch.cat(classes)
         positive = torch.nonzero(truth > 0)[:, 0]
-        box = F.smooth_l1_loss(deltas.reshape(len(truth), -1, 4)[positive, 1], torch.cat(wanted)[positive], beta=1.0, reduction="sum")
+        box = F.smooth_l1_loss(
+            deltas.reshape(len(truth), -1, 4)[positive, 1], torch.cat(wanted)[positive], beta=1.0, reduction="sum"
+        )
         held = [each > 0 for each in classes]
         boxes = self._expanded([each[kept] for each, kept in zip(proposals, held, strict=True)], sizes)
         aims = [each["masks"][which[kept]] for each, which, kept in zip(targets, matched, held, strict=True)]
@@ -279,7 +281,10 @@ class ScaleAdaptiveHeads(RoIHeads):
         boxes = self._expanded(found, sizes)
         counts = [len(each) for each in boxes]
         if not sum(counts):
-            return [(at, score, at.new_zeros((0, self.mask_size, self.mask_size))) for at, score in zip(boxes, scores, strict=True)]
+            return [
+                (at, score, at.new_zeros((0, self.mask_size, self.mask_size)))
+                for at, score in zip(boxes, scores, strict=True)
+            ]
         masks = torch.sigmoid(self._masks(features, boxes, sizes)).split(counts)
         return list(zip(boxes, scores, masks, strict=True))
 
@@ -403,7 +408,9 @@ class TwoStage(nn.Module):
             second = self.heads.losses(features, proposals, sizes, targets)
             return torch.stack([first["loss_objectness"], first["loss_rpn_box_reg"], *second])
         found = self.heads.instances(features, self.rpn(images, features)[0], sizes)
-        score = torch.stack([pasted(m * s[:, None, None], b, size) for (b, s, m), size in zip(found, sizes, strict=True)])
+        score = torch.stack(
+            [pasted(m * s[:, None, None], b, size) for (b, s, m), size in zip(found, sizes, strict=True)]
+        )
         return torch.stack([1 - score, score], dim=1)
 
 
