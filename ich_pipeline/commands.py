@@ -129,6 +129,9 @@ def segment_cases(
     from ich_pipeline.inference import Segmenter
     from ich_pipeline.pipeline import Pipeline
 
+    edema = table.parent / "edema_estimate" if any(config.get("edema_estimate") for _, config in members) else None
+    if edema and len(members) > 1:
+        raise ConfigError("edema_estimate=true: an ensemble estimates no edema. Name one bundle.")
     resolved = _resolved(members, settings)
     check_targets(cases, masks)
     sha256 = joined_sha256([bundle for bundle, _ in members])
@@ -138,7 +141,6 @@ def segment_cases(
         segmenters = [Segmenter(*member) for member in members]
         segmenter = segmenters[0] if len(segmenters) == 1 else Ensemble(segmenters)
     uncertainty = table.parent / "uncertainty" if len(segmenters) > 1 else None
-    edema = table.parent / "edema_estimate" if any(c.get("edema_estimate") for _, c in members) else None
     if settings.run["overwrite"]:
         clear(cases, [folder for folder in (masks, regions, probabilities, uncertainty, edema) if folder], table)
     report.bundle = {"name": segmenter.name, "version": segmenter.version, "sha256": segmenter.weights_sha256}

@@ -289,6 +289,8 @@ def test_expanded_boxes_grow_about_their_centre_and_stay_in_the_slice() -> None:
     boxes = torch.tensor([[10.0, 10, 20, 14], [0, 0, 8, 8]])
     assert expanded(boxes, 1.5, (40, 30)).tolist() == [[7.5, 9, 22.5, 15], [0, 0, 10, 10]]
     assert torch.equal(expanded(boxes, 1.0, (40, 30)), boxes)
+    with pytest.raises(ConfigError, match="expected 1 or more"):
+        TwoStage(**SMALL, roi_expansion=0.9)
 
 
 def test_rois_are_sampled_one_to_two() -> None:
@@ -459,6 +461,9 @@ def test_lesions_have_scores_and_edema_is_an_estimate(trained: Path, cases: Path
         assert not (edema & mask).any()
         voxel_ml = abs(np.linalg.det(nib.load(scan).affine[:3, :3])) / 1000
         assert float(row["edema_estimate_ml"]) == pytest.approx(edema.sum() * voxel_ml, abs=1e-5)
+    several = Settings.of([f"bundle={trained / 'bundle'},{trained / 'bundle'}", *given[1:], "edema_estimate=true"])
+    with pytest.raises(ConfigError, match="an ensemble estimates no edema"):
+        commands.segment(scans, tmp_path / "two", tmp_path / "two" / "volumes.csv", several)
     # Not asked for, there is none.
     assert commands.segment(scans[:1], tmp_path / "no", tmp_path / "no" / "volumes.csv", Settings.of(given)) == 0
     assert not (tmp_path / "no" / "edema_estimate").exists()

@@ -210,6 +210,9 @@ class ScaleAdaptiveHeads(RoIHeads):
         roi_expansion: both sides of a RoI that is segmented grow by this factor (RS R-CNN); 1 leaves it.
         detections: most instances of a slice.
         score_threshold: of the class; what scores less is no instance.
+
+    Raises:
+        ConfigError: a factor that would make RoIs smaller.
     """
 
     def __init__(
@@ -223,6 +226,8 @@ class ScaleAdaptiveHeads(RoIHeads):
         detections: int,
         score_threshold: float,
     ) -> None:
+        if roi_expansion < 1:
+            raise ConfigError(f"roi_expansion={roi_expansion}: expected 1 or more.")
         self.mask_size = 2 * max(each.output_size[0] for each in align.aligns)
         super().__init__(
             box_roi_pool=MultiScaleRoIAlign(LEVELS, BOX_SIZE, sampling_ratio=2),
@@ -446,5 +451,5 @@ class SumOfLosses(nn.Module):
     """Equation 4 and the proposal network's own two losses, which the detector has worked out."""
 
     def forward(self, losses: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """Sum of (5,) losses; with several of them from several devices, of their mean."""
+        """Sum of the (5,) losses; the label is already in them."""
         return losses.sum()
