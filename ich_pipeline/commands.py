@@ -148,8 +148,8 @@ def segment_cases(
     for folder in filter(None, (table.parent, masks, pictures, regions, probabilities, uncertainty, edema)):
         remove_leftovers(folder)
     kept = {name: settings.run[name] for name in ("dicom", "keep_identifiers")}
-    further = {"uncertainty": uncertainty, "edema": edema}
-    pipeline = Pipeline(segmenter, masks, pictures, report, regions, probabilities, **further, **kept)
+    folders = (masks, pictures, report, regions, probabilities)
+    pipeline = Pipeline(segmenter, *folders, uncertainty=uncertainty, edema=edema, **kept)
     report.write(table.parent / "run.json")
     try:
         with tqdm(total=len(cases), initial=len(done), desc="scans", unit="scan", file=sys.stderr) as bar:

@@ -95,6 +95,7 @@ class ScaleAdaptiveAlign(nn.Module):
                 "sizes, in falling order."
             )
         self.heights = (float("inf"), *group_heights)
+        self.mask_size: int = 2 * max(align_sizes)  # of the merged masks: each network doubles its grid
         self.aligns = nn.ModuleList(MultiScaleRoIAlign(LEVELS, size, sampling_ratio=2) for size in align_sizes)
 
     def forward(self, features: Features, boxes: Boxes, sizes: Sizes) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -228,7 +229,6 @@ class ScaleAdaptiveHeads(RoIHeads):
     ) -> None:
         if roi_expansion < 1:
             raise ConfigError(f"roi_expansion={roi_expansion}: expected 1 or more.")
-        self.mask_size = 2 * max(each.output_size[0] for each in align.aligns)
         super().__init__(
             box_roi_pool=MultiScaleRoIAlign(LEVELS, BOX_SIZE, sampling_ratio=2),
             box_head=TwoMLPHead(channels * BOX_SIZE**2, box_features),
@@ -242,9 +242,10 @@ class ScaleAdaptiveHeads(RoIHeads):
             nms_thresh=0.5,
             detections_per_img=detections,
             mask_roi_pool=align,
-            mask_head=MultiScaleMasks(channels, depths, connections, self.mask_size),
+            mask_head=MultiScaleMasks(channels, depths, connections, align.mask_size),
             mask_predictor=nn.Identity(),
         )
+        self.mask_size: int = align.mask_size
         self.roi_expansion = roi_expansion
 
     def _boxes(self, features: Features, proposals: Boxes, sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
