@@ -461,7 +461,7 @@ def test_lesions_have_scores_and_edema_is_an_estimate(trained: Path, cases: Path
         assert not (edema & mask).any()
         voxel_ml = abs(np.linalg.det(nib.load(scan).affine[:3, :3])) / 1000
         assert float(row["edema_estimate_ml"]) == pytest.approx(edema.sum() * voxel_ml, abs=1e-5)
-    several = Settings.of([f"bundle={trained / 'bundle'},{trained / 'bundle'}", *given[1:], "edema_estimate=true"])
+    several = Settings.of([f"bundle={trained / 'bundle'},{trained / 'bundle'}/", *given[1:], "edema_estimate=true"])
     with pytest.raises(ConfigError, match="an ensemble estimates no edema"):
         commands.segment(scans, tmp_path / "two", tmp_path / "two" / "volumes.csv", several)
     # Not asked for, there is none.
