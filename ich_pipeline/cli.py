@@ -180,6 +180,8 @@ def plan(
 ) -> int:
     """Plan an nnU-Net for the labelled cases of a manifest: patch, spacing, topology, intensities, as readable YAML.
 
+    With bundle=pesa_rcnn its group heights, by which each group holds as many bleeds.
+
     Example: ich-pipeline plan data=cases.csv out=plan.yaml
     """
     from ich_pipeline import commands

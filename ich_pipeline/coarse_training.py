@@ -124,7 +124,22 @@ def train_coarse_folds(
 
 
 def _train_fold(bundle: Path, home: Path, fold: int, resume: bool, **settings: Any) -> tuple[nn.Module, Inferer]:
-    """Train one fold; its network with the best weights, and the inferer that validated it."""
+    """`train_stage` for one fold."""
+    return train_stage(bundle, home, resume, coarse_fold=fold, **settings)
+
+
+def train_stage(bundle: Path, home: Path, resume: bool, **settings: Any) -> tuple[nn.Module, Inferer]:
+    """Train a stage: `train.yaml` of a prepared bundle with `coarse.yaml` over it.
+
+    Args:
+        bundle: its folder.
+        home: gets `models/model.pt`, with its hash in `configs/metadata.json`, and `training_state.pt`.
+        resume: go on from that state.
+        **settings: keys with their values; `device` among them.
+
+    Returns:
+        The network with the best weights, and the inferer that validated it.
+    """
     weights = home / "models" / "model.pt"
     metadata_file = home / "configs" / "metadata.json"
     if rank() == 0 and not metadata_file.is_file():
@@ -134,7 +149,6 @@ def _train_fold(bundle: Path, home: Path, fold: int, resume: bool, **settings: A
         bundle,
         ["coarse"],
         **settings,
-        coarse_fold=fold,
         resume=resume,
         weights=str(weights),
         state_file=str(home / "training_state.pt"),

@@ -142,6 +142,9 @@ def segment_cases(
 
     for _, config in members:
         check_cases(config, [*cases, *known])
+    edema = table.parent / "edema_estimate" if any(config.get("edema_estimate") for _, config in members) else None
+    if edema and len(members) > 1:
+        raise ConfigError("edema_estimate=true: an ensemble estimates no edema. Name one bundle.")
     resolved = _resolved(members, settings)
     check_targets(cases, masks)
     sha256 = joined_sha256([bundle for bundle, _ in members])
@@ -152,13 +155,14 @@ def segment_cases(
         segmenter = segmenters[0] if len(segmenters) == 1 else Ensemble(segmenters)
     uncertainty = table.parent / "uncertainty" if len(segmenters) > 1 else None
     if settings.run["overwrite"]:
-        clear(cases, [folder for folder in (masks, regions, probabilities, uncertainty) if folder], table)
+        clear(cases, [folder for folder in (masks, regions, probabilities, uncertainty, edema) if folder], table)
     report.bundle = {"name": segmenter.name, "version": segmenter.version, "sha256": segmenter.weights_sha256}
     pictures = table.parent / "pictures" if settings.run["pictures"] else None
-    for folder in filter(None, (table.parent, masks, pictures, regions, probabilities, uncertainty)):
+    for folder in filter(None, (table.parent, masks, pictures, regions, probabilities, uncertainty, edema)):
         remove_leftovers(folder)
     kept = {name: settings.run[name] for name in ("dicom", "keep_identifiers")}
-    pipeline = Pipeline(segmenter, masks, pictures, report, regions, probabilities, uncertainty=uncertainty, **kept)
+    folders = (masks, pictures, report, regions, probabilities)
+    pipeline = Pipeline(segmenter, *folders, uncertainty=uncertainty, edema=edema, **kept)
     report.write(table.parent / "run.json")
     try:
         with tqdm(total=len(cases), initial=len(done), desc="scans", unit="scan", file=sys.stderr) as bar:
@@ -459,7 +463,10 @@ def tune(settings: Settings, trials: int) -> int:
 
 
 def plan(settings: Settings, memory_gb: float) -> int:
-    """Plan nnU-Net's network for the cases of a manifest: a YAML file for `variant=` of `nnunet3d` and its relatives.
+    """Plan a bundle for the cases of a manifest: a YAML file for `variant=`.
+
+    Of a bundle with `group_heights` these heights are planned; of any other, or without one, nnU-Net's network, for
+    `nnunet3d` and its relatives.
 
     Returns:
         0.
@@ -468,7 +475,10 @@ def plan(settings: Settings, memory_gb: float) -> int:
         ConfigError: wrong settings, or `out` is there and overwrite was not asked for.
         ManifestError: the manifest cannot be used.
     """
-    given = dict(settings.overrides)
+    bundle = settings.bundle() if settings.run["bundle"] else None
+    config = settings.config(bundle, "train")["train"] if bundle and bundle.needs_weights else {}
+    used = {"spacing_mm", "align_sizes"} if "group_heights" in config else set()
+    given = {key: value for key, value in settings.overrides.items() if key not in used}
     manifest, out = given.pop("data", None), Path(settings.run["out"] or "plan.yaml")
     if given or manifest is None:
         raise ConfigError("plan takes data=MANIFEST, a CSV with case_id, image and label, and out=FILE.yaml")
@@ -477,11 +487,18 @@ def plan(settings: Settings, memory_gb: float) -> int:
     if out.exists() and not settings.run["overwrite"]:
         raise ConfigError(f"{out} exists. Give another out=, or replace it with overwrite=true.")
 
-    from ich_pipeline.planning import make_plan, take_fingerprint, write_plan
-
     with tqdm(desc="cases", unit="case", file=sys.stderr) as bar:
-        fingerprint = take_fingerprint(str(manifest), on_case=lambda case_id: bar.update())
-    write_plan(out, make_plan(fingerprint, memory_gb), fingerprint, memory_gb)
+        if "group_heights" in config:
+            from ich_pipeline.roi_groups import equal_count_heights, region_heights, write_groups
+
+            heights = region_heights(str(manifest), config["spacing_mm"], on_case=lambda case_id: bar.update())
+            groups = equal_count_heights(heights, len(config["align_sizes"]))
+            write_groups(out, heights, groups, config["spacing_mm"])
+        else:
+            from ich_pipeline.planning import make_plan, take_fingerprint, write_plan
+
+            fingerprint = take_fingerprint(str(manifest), on_case=lambda case_id: bar.update())
+            write_plan(out, make_plan(fingerprint, memory_gb), fingerprint, memory_gb)
     print(out)
     return 0
 

@@ -263,6 +263,11 @@ class EngineInferer(Inferer):
         return getattr(self.inferer, "regions", None)
 
     @property
+    def surroundings(self) -> torch.Tensor | None:
+        """Hemorrhage or edema in the last call, (B, 1, ...) probability; None where nobody asked for it."""
+        return getattr(self.inferer, "surroundings", None)
+
+    @property
     def in_use(self) -> dict[str, str]:
         """Engine, and the precision of its arithmetic: `f32`, `bf16`, `f16`, or empty before the first call."""
         if self._converted is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from monai.bundle import ConfigParser
 from monai.transforms import AsDiscreted, Compose, SaveImaged
 from monai.utils import convert_to_dst_type
@@ -60,6 +61,9 @@ class Prediction:
             the bundle has no such stage.
         spread: (I, J, K) float32, standard deviation of the probability over an ensemble's members; None for one.
         member_ml: volumes of the members' own masks.
+        edema_estimate: what the network took for edema, on the scan's grid, and no label has taught it; None where it
+            was not asked for.
+        instance_scores: the probability holds the scores of instances (`volumetry.with_lesion_scores`).
     """
 
     scan: Scan
@@ -69,6 +73,8 @@ class Prediction:
     regions: NativeMask | None = None
     spread: NDArray[np.float32] | None = None
     member_ml: tuple[float, ...] = ()
+    edema_estimate: NativeMask | None = None
+    instance_scores: bool = False
 
 
 class Segmenter:
@@ -86,6 +92,7 @@ class Segmenter:
         threshold: of the probability, above which a voxel belongs to the mask.
         trained_slice_mm: least and largest slice spacing of the training scans; None where the metadata do not say.
         flags: what a reader of a result should know of the weights: `phantom_weights` were trained on phantoms.
+        instance_scores: its probability is the score of an instance times that of its mask.
 
     Raises:
         ConfigError: no weights, a wrong hash, or a config that does not build.
@@ -101,6 +108,7 @@ class Segmenter:
         self.weights_sha256 = check_hash(bundle.weights) if bundle.weights else None
         self.trained_slice_mm = bundle.metadata.get("trained_slice_mm")
         self.flags = ("phantom_weights",) if bundle.metadata.get("trained_on_phantoms") else ()
+        self.instance_scores = bool(bundle.metadata.get("instance_scores", False))
         parser = ConfigParser({**config, "bundle_root": str(bundle.path)})
         with own_errors():
             if bundle.weights and Path(parser.get_parsed_content("weights")).resolve() != bundle.weights.resolve():
@@ -150,12 +158,23 @@ class Segmenter:
             data = self.restoring(data)
             probability = np.asarray(data["pred"][0])
             mask = np.asarray(self.thresholding(data)["pred"][0]).astype(np.uint8)
-            regions = self._native_regions(loaded) if with_regions else None
+            regions = self._native(loaded, getattr(self.inferer, "regions", None)) if with_regions else None
+            edema = self._native(loaded, getattr(self.inferer, "surroundings", None))
+            if edema is not None:  # hemorrhage is what the mask says, not what the estimate says
+                edema = NativeMask(edema.values * (mask == 0), edema.grid)
             model_affine = np.asarray(loaded.data["image"].affine)
             flags = self.flags + fit_flags(loaded.scan.grid, model_affine, self.trained_slice_mm)
             if loaded.data["image"].meta.get("boxes") == "[]":  # as `boxes.FindBoxesd` writes them
                 flags += ("no_boxes",)
-            return Prediction(loaded.scan, NativeMask(mask, loaded.scan.grid), probability, flags, regions)
+            return Prediction(
+                loaded.scan,
+                NativeMask(mask, loaded.scan.grid),
+                probability,
+                flags,
+                regions,
+                edema_estimate=edema,
+                instance_scores=self.instance_scores,
+            )
 
     @property
     def takes_boxes(self) -> bool:
@@ -190,11 +209,10 @@ class Segmenter:
         score = self.inferer.look_in(image[None].to(self.device), self.network, window)[0].cpu()
         return np.asarray(self.restoring({**loaded.data, "pred": score})["pred"][0])
 
-    def _native_regions(self, loaded: Loaded) -> NativeMask | None:
-        """What a cascade's first stage found in the last call."""
-        regions = getattr(self.inferer, "regions", None)
-        if regions is None:
+    def _native(self, loaded: Loaded, found: torch.Tensor | None) -> NativeMask | None:
+        """What else the inferer found in the last call, (1, 1, ...) on the model grid, as a mask of the scan."""
+        if found is None:
             return None
-        score = convert_to_dst_type(regions[0].float().cpu(), loaded.data["image"])[0]
+        score = convert_to_dst_type(found[0].float().cpu(), loaded.data["image"])[0]
         native = np.asarray(self.restoring({**loaded.data, "pred": score})["pred"][0])
         return NativeMask((native >= 0.5).astype(np.uint8), loaded.scan.grid)

@@ -17,7 +17,13 @@ from ich_pipeline.records import CaseRecord, NativeMask, Scan
 from ich_pipeline.report import CaseRow
 from ich_pipeline.restoring import write_mask
 from ich_pipeline.run_report import RunReport
-from ich_pipeline.volumetry import VolumeReport, measure, with_ensemble_band, with_probability_band
+from ich_pipeline.volumetry import (
+    VolumeReport,
+    measure,
+    with_ensemble_band,
+    with_lesion_scores,
+    with_probability_band,
+)
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +41,7 @@ class Pipeline:
         dicom: also write mask and volumes of a DICOM scan as DICOM, beside the mask: `auto` flags a case whose headers
             do not allow it (`no_dicom_results`), True makes it fail, False writes none.
         keep_identifiers: also put into the row whom a DICOM scan is of.
+        edema: folder of what a network took for edema, `<case_id>.nii.gz`, where it was asked for an estimate.
         uncertainty: folder of where an ensemble's members disagree, `<case_id>.nii.gz`: standard deviation times 255.
     """
 
@@ -47,6 +54,7 @@ class Pipeline:
     dicom: bool | str = "auto"
     keep_identifiers: bool = False
     uncertainty: Path | None = None
+    edema: Path | None = None
 
     def run(self, case: CaseRecord) -> CaseRow:
         """One case from its file to its row; `batch.py` overlaps the three steps of different cases."""
@@ -74,6 +82,9 @@ class Pipeline:
                 volumes = with_ensemble_band(volumes, prediction.member_ml)
             else:
                 volumes = with_probability_band(volumes, prediction.probability, self.segmenter.threshold, scan.grid)
+            if prediction.instance_scores:
+                volumes = with_lesion_scores(volumes, mask, prediction.probability)
+            extra = self._series_columns(scan) | self._edema_column(prediction)
         flags = scan.flags + prediction.flags
         if self.dicom and scan.series:
             with stage("dicom"):
@@ -82,6 +93,8 @@ class Pipeline:
             write_mask(mask_file, mask.values, scan.grid, scan.forms)
             if self.regions and prediction.regions:
                 write_mask(self.regions / mask_file.name, prediction.regions.values, scan.grid, scan.forms)
+            if self.edema and prediction.edema_estimate:
+                write_mask(self.edema / mask_file.name, prediction.edema_estimate.values, scan.grid, scan.forms)
             if self.uncertainty and prediction.spread is not None:
                 eight_bits = np.rint(prediction.spread * 255).astype(np.uint8)
                 write_mask(self.uncertainty / mask_file.name, eight_bits, scan.grid, scan.forms)
@@ -104,7 +117,7 @@ class Pipeline:
             report=volumes,
             bundle=self.segmenter.name,
             weights_sha256=self.segmenter.weights_sha256 or "",
-            extra=self._series_columns(scan),
+            extra=extra,
         )
 
     def _series_columns(self, scan: Scan) -> dict[str, str]:
@@ -112,6 +125,11 @@ class Pipeline:
             return {}
         who = read_identifiers(scan.source, scan.case_id, scan.series.uid) if self.keep_identifiers else {}
         return scan.series.columns() | who
+
+    @staticmethod
+    def _edema_column(prediction: Prediction) -> dict[str, str]:
+        edema = prediction.edema_estimate
+        return {} if edema is None else {"edema_estimate_ml": f"{edema.grid.foreground_ml(edema.values):.6f}"}
 
     def _write_dicom(self, scan: Scan, mask: NativeMask, volumes: VolumeReport) -> tuple[str, ...]:
         """SEG and SR of a case, and the flag of one that cannot have them."""

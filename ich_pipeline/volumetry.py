@@ -28,7 +28,8 @@ class LesionReport:
 
     `lesion` counts from 1 by falling volume; equal volumes by position, uppermost first, then anterior, then right.
     The centroid is in RAS+ mm. `subtype_ml` and `abc2_applies` are None for a mask without subtypes; the rules mean
-    something (`abc2_applies`) where most of the lesion is epidural or intraparenchymal.
+    something (`abc2_applies`) where most of the lesion is epidural or intraparenchymal. `score` is None unless a
+    network that finds instances made the mask (`with_lesion_scores`).
     """
 
     lesion: int
@@ -45,6 +46,7 @@ class LesionReport:
     slices: int
     touches_border: bool
     abc2_applies: bool | None = None
+    score: float | None = None
     subtype_ml: SubtypeMl | None = None
 
 
@@ -151,6 +153,24 @@ def with_ensemble_band(report: VolumeReport, member_ml: Sequence[float]) -> Volu
     """The report of an ensemble's mask with a band from the least to the most that a member says, its own included."""
     ends_ml = min(*member_ml, report.volume_ml), max(*member_ml, report.volume_ml)
     return replace(report, **_band_fields(*ends_ml, ENSEMBLE))
+
+
+def with_lesion_scores(report: VolumeReport, mask: NativeMask, probability: NDArray[np.floating]) -> VolumeReport:
+    """The report with a score for each lesion: the highest probability in it.
+
+    Where the probability is the score of an instance times that of its mask, this is the score of the surest of the
+    instances that made the lesion, times what its mask reaches.
+
+    Args:
+        mask: that the report is of.
+        probability: (I, J, K) in [0, 1].
+    """
+    numbers = label_lesions(mask)
+    held = numbers > 0
+    scores = np.zeros(len(report.lesions) + 1)
+    np.maximum.at(scores, numbers[held], probability[held])
+    scored = tuple(replace(each, score=float(scores[each.lesion])) for each in report.lesions)
+    return replace(report, lesions=scored)
 
 
 def _report(

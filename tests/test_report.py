@@ -39,6 +39,7 @@ DESIGN_COLUMNS = [
 LESION_COLUMNS = [
     *("case_id", "lesion", "volume_ml", "centroid_r_mm", "centroid_a_mm", "centroid_s_mm"),
     *("abc2_ml", "abc2_kothari_ml", "tada_ml", "a_mm", "b_mm", "c_mm", "slices", "touches_border", "abc2_applies"),
+    "score",
 ]
 
 
