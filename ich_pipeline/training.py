@@ -207,6 +207,7 @@ class ResumableRun:
         patience: validations without a better metric before the run stops; 0 never stops early.
         seed: of the run.
         resume: go on from `state_file`; a run that was stopped in its first epoch has none and starts over.
+        also: further parts with a state dict that the state holds, such as a discriminator and its optimizer.
     """
 
     def __init__(
@@ -221,8 +222,9 @@ class ResumableRun:
         patience: int = 0,
         seed: int = 0,
         resume: bool = False,
+        also: Mapping[str, Any] | None = None,
     ) -> None:
-        self.parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
+        self.parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler, **(also or {})}
         self.evaluator = evaluator
         self.weights, self.state_file = Path(weights), Path(state_file)
         self.validate_every, self.patience, self.seed, self.resume = validate_every, patience, seed, resume

@@ -63,7 +63,9 @@ def errors(found: MidPlane, true: MidPlane, image: torch.Tensor, affine: NDArray
     """Angle between two planes in degrees, and their distance in mm at the middle of the image."""
     cosine = abs(np.dot(found.normal, true.normal))
     middle = affine[:3, :3] @ (np.array(image.shape) - 1) / 2 + affine[:3, 3]
-    return float(np.degrees(np.arccos(min(cosine, 1)))), abs(float(found.distance_mm(middle) - true.distance_mm(middle)))
+    return float(np.degrees(np.arccos(min(cosine, 1)))), abs(
+        float(found.distance_mm(middle) - true.distance_mm(middle))
+    )
 
 
 def cut(image: torch.Tensor, affine: NDArray[Any], axis: int, first: int, stop: int) -> tuple[torch.Tensor, Any]:
@@ -125,7 +127,7 @@ def test_distance_to_the_plane_is_positive_on_the_right() -> None:
 
 def test_too_little_of_a_head_is_refused() -> None:
     image, affine = Head().scan()
-    with pytest.raises(GeometryError, match="one.nii: 0 mL above 0 HU, expected a head with at least 500 mL"):
+    with pytest.raises(GeometryError, match=r"one.nii: 0 mL above 0 HU, expected a head with at least 500 mL"):
         find_mid_plane(image * 0 - 1000, affine, "one.nii")
     corner, moved = cut(image, affine, 0, 34, 64)
     moved[0, 3] += 500  # all of what is left lies on one side, but that is still a symmetric body of its own
@@ -137,7 +139,7 @@ def test_what_has_no_mirror_image_in_the_field_is_refused(monkeypatch: pytest.Mo
         raise RuntimeError("Exception thrown in SimpleITK\nAll samples map outside moving image buffer")
 
     monkeypatch.setattr("SimpleITK.ImageRegistrationMethod.Execute", fails)
-    with pytest.raises(GeometryError, match="no plane of symmetry found, All samples map outside.*mirror=false"):
+    with pytest.raises(GeometryError, match=r"no plane of symmetry found, All samples map outside.*mirror=false"):
         find_mid_plane(*Head().scan())
 
 
@@ -198,7 +200,10 @@ def test_a_bleed_on_the_right_is_on_the_left_of_the_mirror_image() -> None:
     out = MirrorChanneld("image")({"image": image})["image"]
     points = Grid(tuple(image.shape[1:]), np.asarray(image.affine)).to_mm(np.stack(np.indices(image.shape[1:]), -1))
     # Eroded by hand: bone passes these HU on its edge, the bleed's middle alone is this far from it.
-    near = {side: np.linalg.norm((points - head.shift_mm) @ head.turned - (side * 30, 0, 5), axis=-1) < 10 for side in (1, -1)}
+    near = {
+        side: np.linalg.norm((points - head.shift_mm) @ head.turned - (side * 30, 0, 5), axis=-1) < 10
+        for side in (1, -1)
+    }
     assert out[0].numpy()[near[1]].mean() == pytest.approx(68, abs=2)
     assert out[1].numpy()[near[-1]].mean() == pytest.approx(68, abs=2)
     assert out[1].numpy()[near[1]].mean() < 40

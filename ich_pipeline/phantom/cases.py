@@ -154,6 +154,7 @@ def with_truth(
     made: Sequence[Bleed],
     image_hu: NDArray[np.int16],
 ) -> PhantomCase:
+    """A case of a scan and the bleeds that were put into its head: their labels, volumes and boxes."""
     grid = Grid(protocol.shape, protocol.affine)
     volumes = {bleed.subtype.name: inside.volume(bleed.blood) for bleed in made}
     volumes["brain"] = inside.volume(inside.share)
