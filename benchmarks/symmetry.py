@@ -44,7 +44,6 @@ ROWS = {
     "unet6_inception": "UNet6Incep",
     "unet6_vgg": "UNet6Vgg",
 }
-GROUPS = ("big", "small")
 # Dice of the first less that of the second in a group, and what the paper says of it (section III-C).
 FINDINGS = (
     ("dilation helps on big hemorrhages", "big", "unet6_dilated", "unet6"),
@@ -168,7 +167,7 @@ def findings(found: dict[str, dict[str, Scores]], patient_of: dict[str, str]) ->
     """What the paper found, and the difference of Dice here."""
     lines = ["| the paper says | Dice of | less that of | on | difference |", "|---|---|---|---|--:|"]
     for text, group, one, other in FINDINGS:
-        if one in found and other in found:
+        if group in found.get(one, {}) and group in found.get(other, {}):
             here = interval(difference(found[one][group], found[other][group], patient_of))
             lines.append(f"| {text} | {ROWS[one]} | {ROWS[other]} | {group} | {here} |")
     return lines
@@ -195,13 +194,11 @@ def main() -> None:
     groups = by_size(cases, given.small_ml)
     if alike:
         groups = {"all": groups["big"] + groups["small"]}
+    groups = {group: each for group, each in groups.items() if each}
     found: dict[str, dict[str, Scores]] = {}
     for variant in variants:
-        runs = [
-            evaluated(variant, seed, manifest, given.preset, given.words, out, {g: c for g, c in groups.items() if c})
-            for seed in seeds
-        ]
-        found[variant] = {group: Scores(tuple(run[group] for run in runs if group in run)) for group in groups}
+        runs = [evaluated(variant, seed, manifest, given.preset, given.words, out, groups) for seed in seeds]
+        found[variant] = {group: Scores(tuple(run[group] for run in runs)) for group in groups}
     about = ", ".join(f"{name} {version}" for name, version in versions().items() if name in ("torch", "monai"))
     held = ", ".join(f"{len(each)} {group}" for group, each in groups.items())
     text = [

@@ -70,7 +70,8 @@ class MidPlane:
         if not text:
             return None
         values = json.loads(text)
-        return cls(tuple(values["normal"]), values["offset_mm"])
+        x, y, z = values["normal"]
+        return cls((x, y, z), values["offset_mm"])
 
 
 def find_mid_plane(image_hu: torch.Tensor, affine: Affine, name: str = "scan") -> MidPlane:
@@ -151,7 +152,7 @@ class _Upright:
         step = np.array(grid.shape) / np.array(size)
         shrink = np.diag([*(1 / step), 1.0])
         shrink[:3, 3] = (0.5 - 0.5 * step) / step
-        values, held = _read(reduced, shrink @ np.linalg.inv(grid.affine) @ upright, shape)
+        values, held = _read(reduced, shrink @ np.linalg.inv(grid.affine) @ upright, shape.tolist())
         values = torch.where(held, values, 0)
         weights = values.numpy().astype(np.float64)
         axes = [origin_mm[a] + edge_mm * np.arange(shape[a]) for a in range(3)]
@@ -201,7 +202,8 @@ def _plane_of(transform: sitk.Euler3DTransform, middle_x_mm: float) -> MidPlane:
     normal = np.linalg.eigh((linear + linear.T) / 2)[1][:, 0]
     normal = normal * np.sign(normal[0])
     # Half way between a point and its image lies the plane.
-    return MidPlane(tuple(float(n) for n in normal), float(normal @ (centre + moved) / 2))  # type: ignore[arg-type]
+    x, y, z = (float(n) for n in normal)
+    return MidPlane((x, y, z), float(normal @ (centre + moved) / 2))
 
 
 def _read(image: torch.Tensor, to_index: Affine, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
