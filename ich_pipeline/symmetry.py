@@ -167,7 +167,10 @@ class _Upright:
 
         mask = held.to(torch.uint8)
         return cls(
-            *(to_itk(each) for each in (values, values.flip(0), mask, mask.flip(0))),
+            image=to_itk(values),
+            mirrored=to_itk(values.flip(0)),
+            mask=to_itk(mask),
+            mirrored_mask=to_itk(mask.flip(0)),
             middle_x_mm=float((low_mm + high_mm)[0] / 2),
             centre_mm=(centre[0], centre[1], centre[2]),
         )

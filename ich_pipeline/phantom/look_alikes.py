@@ -51,10 +51,10 @@ def look_alike_case(
             _paint(brain.hu, _lump(inside, np.array(place) * (side, 1, 1), size), value)
     made = []
     if bleed_rng.random() >= settings.clean_fraction:
-        place = np.array(list(PLACES_MM.values())[bleed_rng.integers(len(PLACES_MM))])
+        beside = np.array(list(PLACES_MM.values())[bleed_rng.integers(len(PLACES_MM))])
         away = bleed_rng.normal(size=3)
         away *= bleed_rng.uniform(*BESIDE_MM) / np.linalg.norm(away)
-        centre = (place + away) * (bleed_rng.choice((-1, 1)), 1, 1)
+        centre = (beside + away) * (bleed_rng.choice((-1, 1)), 1, 1)
         centre[0] = np.sign(centre[0]) * max(abs(centre[0]), 12.0)  # across the middle it would be its own twin
         blood = _lump(inside, centre, bleed_rng.uniform(*RADIUS_MM) * bleed_rng.uniform(0.7, 1.3, 3)) * inside.share
         value = bleed_rng.uniform(*BRIGHT_HU)
