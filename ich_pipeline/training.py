@@ -217,6 +217,7 @@ class ResumableRun:
         seed: of the run.
         resume: go on from `state_file`; a run that was stopped in its first epoch has none and starts over.
         average: a network with averaged weights; it is what is validated and kept, and saved with the state.
+        also: further parts with a state dict that the state holds, such as a discriminator and its optimizer.
     """
 
     def __init__(
@@ -232,8 +233,9 @@ class ResumableRun:
         seed: int = 0,
         resume: bool = False,
         average: nn.Module | None = None,
+        also: Mapping[str, Any] | None = None,
     ) -> None:
-        self.parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
+        self.parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler, **(also or {})}
         if average is not None:
             self.parts["average"] = average
         self.kept = network if average is None else average

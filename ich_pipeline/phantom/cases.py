@@ -54,7 +54,7 @@ def make_case(
     push = _mass_effect(plans, made, inside, bleed_rng)
     lattice = Lattice(protocol, scan_rng, push)
     image_hu = scan_hu(lattice, head_hu, noise_rng)
-    case = _with_truth(case_id, seed, person, protocol, lattice, inside, made, image_hu)
+    case = with_truth(case_id, seed, person, protocol, lattice, inside, made, image_hu)
     case.truth["bleeds"] = [asdict(plan) for plan in plans]
     case.truth["midline_shift_mm"] = round(push.shift_mm, 3) if push else 0.0
     return case
@@ -144,7 +144,7 @@ def _mass_effect(
     return Push(float(np.clip(shift, -14, 14)), (float(rng.normal(5, 10)), 12.0), tuple(lesions))
 
 
-def _with_truth(
+def with_truth(
     case_id: str,
     seed: int,
     person: Person,
@@ -154,6 +154,7 @@ def _with_truth(
     made: Sequence[Bleed],
     image_hu: NDArray[np.int16],
 ) -> PhantomCase:
+    """A case of a scan and the bleeds that were put into its head: their labels, volumes and boxes."""
     grid = Grid(protocol.shape, protocol.affine)
     volumes = {bleed.subtype.name: inside.volume(bleed.blood) for bleed in made}
     volumes["brain"] = inside.volume(inside.share)
@@ -164,6 +165,7 @@ def _with_truth(
     brain = sampled.pop("brain") >= 0.5
     swollen = sampled.pop("edema") if edema else np.zeros(grid.shape, np.float32)
     label = label_of(sampled, grid.shape) * brain
+    normal = protocol.rotation[:, 0]  # of the head's own plane x = 0, before it was deformed
     truth = {
         "seed": seed,
         "background": None,
@@ -175,6 +177,7 @@ def _with_truth(
         "noise_hu": round(protocol.noise_hu, 3),
         "field_cut": protocol.cut,
         "gravity_head": [round(float(g), 5) for g in protocol.gravity],
+        "mid_plane": {"normal": normal.round(6).tolist(), "offset_mm": round(float(normal @ protocol.shift_mm), 4)},
     } | volumes_of(sampled, label, swollen, grid)
     forms = scanner_forms(grid)
     scan = Scan(case_id, image_hu, grid, forms, Path(f"{case_id}.nii.gz"))

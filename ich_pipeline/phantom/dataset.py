@@ -47,6 +47,7 @@ def write_dataset(
     background: Path | None = None,
     jobs: int = 2,
     on_case: Callable[[str], object] | None = None,
+    make: Callable[..., PhantomCase] = make_case,
 ) -> Path:
     """Write phantoms with everything known about them. Cases that are there already are kept.
 
@@ -58,6 +59,7 @@ def write_dataset(
             patient's, and all are in the split `test`.
         jobs: processes.
         on_case: called with the id of each case that is ready, in the order of readiness.
+        make: what makes a case, a function of a module that takes what `make_case` takes.
 
     Returns:
         The manifest. Its volumes are continuous (shares of voxels); `subtype` names what the label holds, or `none`.
@@ -69,14 +71,14 @@ def write_dataset(
     out = Path(out)
     if cases < 1 or jobs < 1 or seed < 0:
         raise ConfigError(f"phantom: cases={cases}, jobs={jobs}, seed={seed}; expected at least 1, 1 and 0.")
-    _claim(out, seed, settings, background)
+    _claim(out, seed, settings, background, None if make is make_case else make.__name__)
     ids = [f"phantom_{index:04d}" for index in range(cases)]
     missing = [index for index in range(cases) if not _truth_file(out, ids[index]).is_file()]
     for index in sorted(set(range(cases)) - set(missing)):
         if on_case:
             on_case(ids[index])
-    make = partial(_write_case, out=out, seed=seed, settings=settings, background=background)
-    for index in _each(make, missing, jobs):
+    write = partial(_write_case, out=out, seed=seed, settings=settings, background=background, make=make)
+    for index in _each(write, missing, jobs):
         if on_case:
             on_case(ids[index])
     truths = [json.loads(_truth_file(out, case_id).read_text()) for case_id in ids]
@@ -102,7 +104,7 @@ def _split_and_fold(index: int, fraction: float) -> tuple[str, int]:
     return SPLITS[rank % len(SPLITS)], rank % FOLDS
 
 
-def _claim(out: Path, seed: int, settings: PhantomSettings, background: Path | None) -> None:
+def _claim(out: Path, seed: int, settings: PhantomSettings, background: Path | None, kind: str | None) -> None:
     """Write phantom.json, or compare it with the one there.
 
     Raises:
@@ -111,6 +113,7 @@ def _claim(out: Path, seed: int, settings: PhantomSettings, background: Path | N
     wanted = {
         "version": __version__,
         "seed": seed,
+        "kind": kind,
         "settings": settings.as_json(),
         "background": {"name": background.name, "sha256": sha256_of(background)} if background else None,
     }
@@ -144,12 +147,20 @@ def _each(make: Callable[[int], int], indices: list[int], jobs: int) -> Iterator
             raise
 
 
-def _write_case(index: int, *, out: Path, seed: int, settings: PhantomSettings, background: Path | None) -> int:
+def _write_case(
+    index: int,
+    *,
+    out: Path,
+    seed: int,
+    settings: PhantomSettings,
+    background: Path | None,
+    make: Callable[..., PhantomCase],
+) -> int:
     """Make and write one case; its truth comes last and says that the rest is whole."""
     case_id = f"phantom_{index:04d}"
     own_seed = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
     own = replace(settings, clean_fraction=float(is_clean(index, settings.clean_fraction)))
-    case = make_case(case_id, own_seed, own, _background(background) if background else None)
+    case = make(case_id, own_seed, own, _background(background) if background else None)
     _write_image(out / "images" / f"{case_id}.nii.gz", case.scan)
     masks = {"labels": case.label, "edema": case.edema.view(np.uint8), "brain": case.brain.view(np.uint8)}
     for folder, mask in masks.items():
