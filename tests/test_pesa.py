@@ -340,7 +340,7 @@ def test_slices_go_one_by_one_and_edema_only_where_it_is_asked_for() -> None:
 
 def test_openvino_is_refused() -> None:
     network = PesaRCNN(use_csd=False, **SMALL).eval()
-    with pytest.raises(ConfigError, match="depends on what it finds"):
+    with pytest.raises(ConfigError, match="PesaRCNN runs in PyTorch only"):
         EngineInferer(InstanceInferer(), engine="openvino")(torch.zeros(1, 1, 2, 32, 32), network)
 
 
