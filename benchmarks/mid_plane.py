@@ -2,8 +2,8 @@
 
     python benchmarks/mid_plane.py [--cases 20] [--seed 100]
 
-The seeds are not those that the search was set up on (0 to 9). Scans have 512 x 512 pixels; some are tilted, and a third
-is cut by the field of view. Seconds are of one thread, with the mirror image, on the scan's own grid.
+The seeds are not those that the search was set up on (0 to 9). Scans have 512 x 512 pixels; some are tilted, and a
+third is cut by the field of view. Seconds are of one thread, with the mirror image, on the scan's own grid.
 """
 
 import argparse

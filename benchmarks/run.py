@@ -395,9 +395,9 @@ def part_engines(study: Study) -> Results:
     """One stage on the head box: engine, precision, shapes, threads, and what conversion and compilation cost."""
     import openvino as ov
 
-    from ich_pipeline.engines import OpenVINOStage, autocast
+    from ich_pipeline.engines import OpenVINOStage, autocast, openvino_core
 
-    core = ov.Core()
+    core = openvino_core()
     results: Results = {}
     for size in study.sizes:
         segmenter = segmenter_for(study, size)

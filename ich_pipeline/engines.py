@@ -157,6 +157,19 @@ def autocast(device: torch.device, amp: str | bool) -> AbstractContextManager[An
     return torch.autocast("cpu", torch.bfloat16) if amp == "on" or bf16_is_faster() else nullcontext()
 
 
+@cache
+def openvino_core() -> Any:
+    """The one OpenVINO core of this process, kept to its end.
+
+    Every core gives the thread an alternate signal stack of its own. When several go in the order in which they came,
+    the thread is left with one that is unmapped, and the next signal that Python handles (Ctrl-C, the end of a data
+    loader's worker) ends the process by SIGSEGV.
+    """
+    import openvino as ov
+
+    return ov.Core()
+
+
 class OpenVINOStage(nn.Module):
     """A module converted to OpenVINO at its first call, with every size left open.
 
@@ -181,7 +194,7 @@ class OpenVINOStage(nn.Module):
     def _compile(self, image: torch.Tensor) -> Callable[..., Any]:
         import openvino as ov
 
-        core = ov.Core()
+        core = openvino_core()
         has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         hint = "bf16" if has_bf16 and self._amp != "off" else "f32"
         # Traced here and on a corner: OpenVINO would run the whole image several times to check its own tracing, which

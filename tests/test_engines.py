@@ -1,6 +1,8 @@
 """Devices, weights and precision are what was asked for, or the refusal says what to do."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from ich_pipeline.engines import (
     check_hash,
     keep_heap,
     load_network,
+    openvino_core,
     pick_device,
     to_openvino,
 )
@@ -183,6 +186,31 @@ def _openvino():
     pytest.importorskip("openvino")
 
 
+USED_AND_GONE = """
+import gc, os, signal, torch
+from ich_pipeline.engines import to_openvino
+
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+networks = [to_openvino(torch.nn.Conv3d(1, 2, 3, padding=1).eval(), "off") for _ in range(2)]
+with torch.inference_mode():
+    for network in networks:
+        network(torch.zeros(1, 1, 8, 8, 8))
+while networks:
+    networks.pop(0)
+    del network
+    gc.collect()
+    network = None
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@pytest.mark.usefixtures("_openvino")
+def test_a_signal_is_handled_after_networks_were_used_and_are_gone():
+    """OpenVINO's cores left the thread an unmapped stack for signals: SIGSEGV at Ctrl-C or a worker's end."""
+    ended = subprocess.run([sys.executable, "-c", USED_AND_GONE], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "handled\n"), ended.stderr
+
+
 @pytest.mark.usefixtures("_openvino")
 class TestOpenVINO:
     @pytest.fixture(scope="class")
@@ -220,11 +248,9 @@ class TestOpenVINO:
 
     @pytest.mark.parametrize("amp", ["auto", "on", False])
     def test_precision_follows_the_setting_and_the_processor(self, amp):
-        import openvino as ov
-
         converted = OpenVINOStage(nn.Conv3d(1, 2, 3), amp)
         converted(torch.zeros(1, 1, 4, 32, 32))
-        has_bf16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        has_bf16 = "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         assert converted.precision == ("bf16" if has_bf16 and amp is not False else "f32")
 
     def test_network_without_stages_is_converted_whole(self, stage):
@@ -236,7 +262,7 @@ class TestOpenVINO:
 
 
 def test_missing_extra_is_named(monkeypatch, stage):
-    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(ConfigError, match=r"pip install \"ich-pipeline\[openvino\]\""):
         to_openvino(stage, "off")
 
