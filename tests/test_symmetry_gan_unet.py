@@ -1,6 +1,5 @@
 """What symmetry_gan_unet has and other bundles do not: its networks, balanced slices, adversarial training."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,7 @@ BUNDLE = bundles.find_bundle("symmetry_gan_unet")
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
