@@ -162,8 +162,7 @@ class Segmenter:
             edema = self._native(loaded, getattr(self.inferer, "surroundings", None))
             if edema is not None:  # hemorrhage is what the mask says, not what the estimate says
                 edema = NativeMask(edema.values * (mask == 0), edema.grid)
-            model_affine = np.asarray(loaded.data["image"].affine)
-            flags = self.flags + fit_flags(loaded.scan.grid, model_affine, self.trained_slice_mm)
+            flags = self.flags_of(loaded)
             if loaded.data["image"].meta.get("boxes") == "[]":  # as `boxes.FindBoxesd` writes them
                 flags += ("no_boxes",)
             return Prediction(
@@ -175,6 +174,11 @@ class Segmenter:
                 edema_estimate=edema,
                 instance_scores=self.instance_scores,
             )
+
+    def flags_of(self, loaded: Loaded) -> tuple[str, ...]:
+        """What a reader of any result for a scan should know of the weights, and of how the scan fits them."""
+        model_affine = np.asarray(loaded.data["image"].affine)
+        return self.flags + fit_flags(loaded.scan.grid, model_affine, self.trained_slice_mm)
 
     @property
     def takes_boxes(self) -> bool:

@@ -116,9 +116,8 @@ def _largest_jump_mm(inside: NDArray[np.bool_], edge_mm: Sequence[float], slices
         return 0.0
     moved_mm = []
     for axis in (1, 2):
-        shares = (
-            upper.sum(axis=3 - axis).cumsum(axis=1) / np.maximum(area, 1)[:, None]
-        )  # a slice without inside moves too far in area to count
+        # A slice without inside changes too far in area to count.
+        shares = upper.sum(axis=3 - axis).cumsum(axis=1) / np.maximum(area, 1)[:, None]
         pixels = np.arange(shares.shape[1])
         ends_mm = np.array([np.interp(ENDS, share, pixels) for share in shares]) * edge_mm[axis]
         off_mm = _off_neighbours(ends_mm)

@@ -162,6 +162,18 @@ def test_targets_are_boxes_around_prediction_or_label() -> None:
     assert plain["labels"].tolist() == [1, 1]
 
 
+def test_every_region_has_its_own_box_however_many_there_are() -> None:
+    """In slices that are not square, where another library merged and misplaced boxes."""
+    random_state = np.random.default_rng(0)
+    label = torch.from_numpy((random_state.random((4, 1, 32, 75)) > 0.95).astype(np.float32))
+    for plane, each in zip(label[:, 0].numpy(), region_targets(label), strict=True):
+        assert len(each["boxes"]) > 80
+        assert int(each["masks"].sum()) == int(plane.sum())
+        for (x0, y0, x1, y1), mask in zip(each["boxes"].tolist(), each["masks"].numpy(), strict=True):
+            rows, columns = np.nonzero(mask)
+            assert (x0, y0, x1, y1) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+
+
 def test_a_batch_brings_what_the_frozen_csd_unet_sees() -> None:
     network = PesaRCNN(csd_filters=[4, 4], **SMALL).train()
     image, label = torch.randn(2, 1, 32, 32), torch.zeros(2, 1, 32, 32)

@@ -129,7 +129,7 @@ class SegmentInBox(Segment):
             assert automatic is not None
             probability = automatic.probability
         mask, decided, flags = apply_prompt(probability, segmenter.threshold, current.values != 0, prompt)
-        return Prediction(scan, NativeMask(mask, scan.grid), decided, segmenter.flags + flags)
+        return Prediction(scan, NativeMask(mask, scan.grid), decided, segmenter.flags_of(loaded) + flags)
 
 
 class Masks:

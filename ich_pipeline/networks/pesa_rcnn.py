@@ -7,10 +7,10 @@ pixels, columns before rows; pixel (r, c) covers [c, c + 1) x [r, r + 1).
 from collections.abc import Sequence
 from math import ceil
 
-import cc3d
 import numpy as np
 import torch
 from monai.networks.nets.resnet import ResNet
+from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -55,9 +55,9 @@ def region_targets(label: torch.Tensor, regions: torch.Tensor | None = None) -> 
     joined = blood if regions is None else blood | regions[:, 0].cpu().numpy()
     targets = []
     for inside, around in zip(blood, joined, strict=True):
-        numbered = cc3d.connected_components(around, connectivity=8)
-        found = cc3d.statistics(numbered)["bounding_boxes"][1:]
-        boxes = [(c.start, r.start, c.stop, r.stop) for r, c in (box[-2:] for box in found)]
+        # Not cc3d: its boxes of a 2D array that is not square are wrong (4.1.1).
+        numbered, _ = ndimage.label(around, np.ones((3, 3)))
+        boxes = [(c.start, r.start, c.stop, r.stop) for r, c in ndimage.find_objects(numbered)]
         masks = np.stack([(numbered == n + 1) & inside for n in range(len(boxes))] or [np.zeros_like(inside)])
         masks = masks[: len(boxes)]
         targets.append(
