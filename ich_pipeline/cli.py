@@ -3,6 +3,8 @@
 import errno
 import logging
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -201,6 +203,17 @@ def evaluate(words: Words) -> int:
 
 
 @app.command()
+def calibrate(words: Words) -> int:
+    """Choose threshold, smallest lesion and temperature of a bundle on labelled scans that it did not learn from.
+
+    Example: ich-pipeline calibrate bundle=runs/cascade3d/bundle data=cases.csv split=val
+    """
+    from ich_pipeline import commands
+
+    return commands.calibrate(commands.Settings.of(words))
+
+
+@app.command()
 def agreement(
     table: Annotated[Path, typer.Argument(help="a CSV table, such as volumes.csv or evaluation.csv")],
     estimate: Annotated[list[str], typer.Option(help="column to judge; may be given again")],
@@ -223,6 +236,9 @@ def phantom(
     seed: Annotated[int, typer.Option(help="the same seed gives the same bytes")] = 0,
     background: Annotated[Path | None, typer.Option(help="put the hemorrhages into this real scan")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="processes")] = 2,
+    matrix: Annotated[int, typer.Option(help="pixels along each side of a slice")] = 512,
+    split: Annotated[str | None, typer.Option(help="of every case; by default train, val and test")] = None,
+    varied: Annotated[bool, typer.Option("--varied", help="as those that the shipped weights learnt from")] = False,
 ) -> int:
     """Make synthetic head CTs with hemorrhages, labels and a manifest.
 
@@ -230,12 +246,13 @@ def phantom(
     """
     from tqdm import tqdm
 
-    from ich_pipeline.phantom import write_dataset
+    from ich_pipeline.phantom import PhantomSettings, write_dataset
+    from ich_pipeline.phantom.settings import VARIED
 
+    settings = replace(VARIED if varied else PhantomSettings(), matrix=matrix)
     with tqdm(total=cases, desc="phantoms", unit="case", file=sys.stderr) as bar:
-        manifest = write_dataset(
-            out, cases, seed, background=background, jobs=jobs, on_case=lambda case_id: bar.update()
-        )
+        write = partial(write_dataset, out, cases, seed, settings=settings, background=background, jobs=jobs)
+        manifest = write(split=split, on_case=lambda case_id: bar.update())
     print(manifest)
     return OK
 

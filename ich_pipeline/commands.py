@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -36,7 +37,7 @@ from ich_pipeline.report import (
     write_text,
 )
 from ich_pipeline.run_report import RunReport
-from ich_pipeline.settings import TRAIN_CONFIGS, Settings
+from ich_pipeline.settings import DEFAULT_BUNDLE, TRAIN_CONFIGS, Settings
 
 
 def list_bundles(as_json: bool) -> str:
@@ -103,11 +104,14 @@ Members = Sequence[tuple[Bundle, Config]]  # bundles and their resolved inferenc
 
 
 def _members(settings: Settings) -> Members:
-    """The bundle, or the bundles, that were named.
+    """The bundle, or the bundles, that were named; the one that ships weights where none was.
 
     Raises:
         ConfigError: one does not exist, or a key is unknown to one of them.
     """
+    if settings.run["bundle"] is None:
+        print(f"bundle={DEFAULT_BUNDLE}: its weights learnt from synthetic scans; research use only", file=sys.stderr)
+        settings = replace(settings, run={**settings.run, "bundle": DEFAULT_BUNDLE})
     found = [(each, each.bundle()) for each in settings.each_bundle()]
     for _, bundle in found:
         if bundle.finds_boxes:
@@ -545,6 +549,42 @@ def evaluate(settings: Settings) -> int:
     if not several and settings.run["html"]:
         print(out / HTML_NAME)
     return status
+
+
+def calibrate(settings: Settings) -> int:
+    """Choose temperature, threshold and smallest lesion on a split's labelled cases; write them into the bundle.
+
+    Returns:
+        0.
+
+    Raises:
+        ConfigError: wrong settings, an installed bundle, one that cannot be calibrated, or cases that do not suffice.
+        ManifestError: the manifest cannot be used, or has no labelled case in the split.
+        ReadError, GeometryError: a case cannot be read.
+    """
+    bundle = settings.bundle()
+    configs = settings.config(bundle, "inference", "evaluate")
+
+    from ich_pipeline import calibration
+    from ich_pipeline.evaluation import labelled_cases
+
+    calibration.require_keys(bundle, configs["inference"])
+    if bundle.path.is_relative_to(bundles.resource("bundles").resolve()):
+        raise ConfigError(
+            f"{bundle.path} is an installed bundle, expected one of yours. Copy the folder, name the copy."
+        )
+    cases = labelled_cases(configs["evaluate"]["data"], settings.run["split"])
+    out = Path(settings.run["out"] or Path("calibration") / bundle.name)
+    report = RunReport({"run": settings.run} | configs)
+    report.bundle = {"name": bundle.name, "sha256": bundle.metadata["weights_sha256"]}
+    report.add_input(Path(configs["evaluate"]["data"]))
+    with tqdm(total=len(cases), desc="scans", unit="scan", file=sys.stderr) as bar:
+        scores = calibration.score_cases(bundle, configs["inference"], cases, on_case=lambda case_id: bar.update())
+    found = calibration.choose(scores)
+    calibration.apply(bundle, found)
+    print(calibration.write_calibration(found, out))
+    report.write(out / "run.json", exit_status=0)
+    return 0
 
 
 def _evaluate_boxes(settings: Settings, bundle: Bundle) -> int:

@@ -42,6 +42,7 @@ FLAG_WORDS = {
     "motion_suspected": "The skull jumps from one slice to the next: the head may have moved.",
     "nan_outside_head": "Voxels without a value, away from the head, were read as air.",
     "no_boxes": "There is no box in any slice, so nothing was segmented.",
+    "no_detector": "All of a certain density was called blood: a test of the path, no search for hemorrhage.",
     "no_dicom_results": "The series' headers do not allow a DICOM SEG and SR; there is none.",
     "padding": "Values below -1024 HU, outside the scanner's field, were read as -1024.",
     "phantom_weights": "The network was trained on synthetic phantoms: its outlines say nothing about patients.",

@@ -91,7 +91,8 @@ class Segmenter:
         weights_sha256: None of a bundle that needs no weights.
         threshold: of the probability, above which a voxel belongs to the mask.
         trained_slice_mm: least and largest slice spacing of the training scans; None where the metadata do not say.
-        flags: what a reader of a result should know of the weights: `phantom_weights` were trained on phantoms.
+        flags: what a reader of a result should know of the bundle: `phantom_weights` were trained on phantoms, and
+            what its metadata say under `flags`.
         instance_scores: its probability is the score of an instance times that of its mask.
 
     Raises:
@@ -107,7 +108,8 @@ class Segmenter:
         self.bundle, self.name, self.version = bundle, bundle.name, str(bundle.metadata["version"])
         self.weights_sha256 = check_hash(bundle.weights) if bundle.weights else None
         self.trained_slice_mm = bundle.metadata.get("trained_slice_mm")
-        self.flags = ("phantom_weights",) if bundle.metadata.get("trained_on_phantoms") else ()
+        on_phantoms = ("phantom_weights",) if bundle.metadata.get("trained_on_phantoms") else ()
+        self.flags = (*on_phantoms, *bundle.metadata.get("flags", ()))
         self.instance_scores = bool(bundle.metadata.get("instance_scores", False))
         parser = ConfigParser({**config, "bundle_root": str(bundle.path)})
         with own_errors():

@@ -4,7 +4,7 @@ A montage is a paletted image: grey levels below, a few colours on top. It encod
 picture for each case must not eat the time that the network left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -376,6 +376,25 @@ def precision_recall_plot(curve: PrecisionRecall) -> "Figure":
         f"{curve.n} scans, voxels pooled" + ("" if ap.value is None else f": average precision {ap.value:.3f}{bounds}"),
         loc="left",
     )
+    return figure
+
+
+def reliability_plot(bins: Mapping[str, NDArray[np.float64]], error: Mapping[str, float]) -> "Figure":
+    """Share of blood against probability, before and after calibration.
+
+    Args:
+        bins: by name, (n, 3) mean probability, share of blood, mL.
+        error: by the same names, the expected calibration error.
+    """
+    figure, axes = _figure()
+    axes.plot([0, 1], [0, 1], color=_INK, linewidth=1, linestyle=":")
+    for (name, each), color in zip(bins.items(), ("#9a9a9a", "#2f6db5"), strict=True):
+        axes.plot(
+            each[:, 0], each[:, 1], color=color, marker="o", markersize=4, label=f"{name}: error {error[name]:.3f}"
+        )
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="probability of hemorrhage", ylabel="share that is hemorrhage")
+    axes.set_aspect("equal")
+    axes.legend(frameon=False)
     return figure
 
 

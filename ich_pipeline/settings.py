@@ -9,6 +9,7 @@ from ich_pipeline.bundles import Bundle, Config
 from ich_pipeline.errors import ConfigError
 
 TRAIN_CONFIGS = ("inference", "train", "evaluate", "metadata")
+DEFAULT_BUNDLE = "cascade3d"  # the one that ships weights
 # Folder of fetched models; they are checked against their hash at every use.
 CACHE = Path.home() / ".cache" / "ich-pipeline" / "bundles"
 
@@ -66,15 +67,15 @@ class Settings:
             return bundles.require_packages(Bundle(fetched))
         return bundles.require_packages(bundles.find_bundle(str(name)))
 
-    def preset(self, bundle: Bundle) -> str | None:
+    def preset(self, bundle: Bundle, *, training: bool = False) -> str | None:
         """The preset to apply: `auto` is gpu or cpu by what this machine has.
 
-        A bundle with weights was trained with its settings and takes none unless one is named.
+        A bundle with weights was trained with its settings and takes none unless one is named, or it is trained anew.
         """
         choice = self.run["preset"]
         if choice != "auto":
             return None if choice is None else str(choice)
-        if bundle.weights or not bundle.overlays("presets"):
+        if (bundle.weights and not training) or not bundle.overlays("presets"):
             return None
         import torch
 
@@ -89,7 +90,7 @@ class Settings:
         try:
             # Without a preset first: a wrong key is refused before PyTorch is imported to see whether there is a GPU.
             bundles.resolve(bundle, names, self.overrides, None)
-            return bundles.resolve(bundle, names, self.overrides, self.preset(bundle))
+            return bundles.resolve(bundle, names, self.overrides, self.preset(bundle, training="train" in names))
         except ConfigError as error:
             unknown = [key for key in self.overrides if f"no key '{key}'" in str(error)]
             near = bundles.near_names(unknown[0], self.run) if unknown else []

@@ -38,7 +38,11 @@ from ich_pipeline.settings import TRAIN_CONFIGS, Settings
 
 # In the folder of a run, beside its bundle.
 STATE_FILE, RUN_ID_FILE, COARSE_FOLDER = "training_state.pt", "mlflow_run_id", "coarse"
-PATH_KEYS = ("data", "boxes")  # of configs: files of the user's; `boxes` may be one of `boxes.SOURCES` as well
+PATH_KEYS = (
+    "data",
+    "boxes",
+    "background",
+)  # of configs: files of the user's; `boxes` may be one of `boxes.SOURCES` as well
 # What a resumed run may change: the saved state does not depend on it.
 MAY_CHANGE = ("epochs", "patience", "validate_every", "workers", "device")
 
@@ -473,20 +477,27 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
         write_configs(target, configs)
         return
     configs = settings.config(source, *TRAIN_CONFIGS)
-    if not configs["train"]["data"]:
+    streams = is_stream(configs["train"])
+    if not (configs["train"]["data"] or streams):
         raise ConfigError("training needs data=MANIFEST, a CSV with case_id, image, label and split")
-    # A detector takes its cases from a table of boxes.
-    labelled = not source.finds_boxes
-    cases = split_records(configs["train"]["data"], configs["train"]["fold"], require_label=labelled)["train"]
-    slices_mm = [read_grid(case.image, case.case_id, case.series).slice_spacing_mm for case in cases]
-    # Paths are the user's, but the bundle may be moved: they are kept whole.
-    for config in configs.values():
-        _make_absolute(config)
-    configs["train"] |= {"amp": _settled_amp(configs["train"]), "resume": False}
     if target.exists() and not settings.run["overwrite"]:
         raise ConfigError(
             f"{target} exists. Go on with resume=true, give another out=, or replace it with overwrite=true."
         )
+    if streams:
+        from ich_pipeline.streaming import VARIED, write_validation_phantoms
+
+        slices_mm = list(VARIED.slice_mm)
+        configs["train"]["data"] = configs["train"]["data"] or str(write_validation_phantoms(out / "phantoms"))
+    else:
+        # A detector takes its cases from a table of boxes.
+        labelled = not source.finds_boxes
+        cases = split_records(configs["train"]["data"], configs["train"]["fold"], require_label=labelled)["train"]
+        slices_mm = [read_grid(case.image, case.case_id, case.series).slice_spacing_mm for case in cases]
+    # Paths are the user's, but the bundle may be moved: they are kept whole.
+    for config in configs.values():
+        _make_absolute(config)
+    configs["train"] |= {"amp": _settled_amp(configs["train"]), "resume": False}
     for left in (STATE_FILE, RUN_ID_FILE, "run.json"):
         (out / left).unlink(missing_ok=True)
     # `coarse` is that of a bundle with a coarse stage: its folds would be taken for those of this run.
@@ -495,7 +506,7 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
     with atomic_path(target) as temporary:
         shutil.copytree(source.path, temporary, ignore=shutil.ignore_patterns("*.pt", "presets", "variants"))
         # Weights made from phantoms say so in every row that they write: on real heads they are far off.
-        on_phantoms = Path(configs["train"]["data"]).with_name(PHANTOM_FILE).is_file()
+        on_phantoms = streams or Path(configs["train"]["data"]).with_name(PHANTOM_FILE).is_file()
         made_here = {
             "weights_sha256": None,
             "trained_on_phantoms": on_phantoms,
@@ -503,6 +514,11 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
         }
         write_configs(temporary, configs | {"metadata": configs["metadata"] | made_here})
         (temporary / "models").mkdir(exist_ok=True)
+
+
+def is_stream(config: Mapping[str, Any]) -> bool:
+    """Whether a resolved `train.yaml` draws its cases from phantoms that are made meanwhile (streaming.py)."""
+    return str(config["train"]["dataset"]["_target_"]).endswith(".PhantomStream")
 
 
 def _path_keys(config: Config) -> list[str]:

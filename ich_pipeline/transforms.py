@@ -24,10 +24,10 @@ from monai.utils import TraceKeys
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from ich_pipeline.errors import GeometryError
+from ich_pipeline.errors import ConfigError, GeometryError
 from ich_pipeline.geometry import Affine, Grid, require_same_grid
 from ich_pipeline.reading import read_mask, read_scan
-from ich_pipeline.records import CaseRecord, NiftiForms, Scan, SeriesInfo
+from ich_pipeline.records import CaseRecord, NativeMask, NiftiForms, Scan, SeriesInfo
 from ich_pipeline.restoring import write_mask
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) for each array axis, in voxels
@@ -63,13 +63,7 @@ class ReadScand(MapTransform):
         """Read the scan of every key."""
         d = dict(data)
         for key in self.key_iterator(d):
-            scan = read_scan(d[key], series=d.get("series"))
-            meta = _metadata(scan.grid, scan.forms) | {
-                "filename_or_obj": str(d[key]),
-                "flags": ";".join(scan.flags),
-                "series": json.dumps(scan.series and asdict(scan.series)),
-            }
-            d[key] = _tensor(scan.image_hu, meta)
+            d[key] = tensor_of(read_scan(d[key], series=d.get("series")), str(d[key]))
         return d
 
 
@@ -86,8 +80,23 @@ class ReadMaskd(MapTransform):
         d = dict(data)
         for key in self.key_iterator(d):
             mask, forms = read_mask(d[key])
-            d[key] = _tensor(mask.values, _metadata(mask.grid, forms) | {"filename_or_obj": str(d[key])})
+            d[key] = mask_tensor_of(mask, forms, str(d[key]))
         return d
+
+
+def tensor_of(scan: Scan, name: str) -> MetaTensor:
+    """A scan as `ReadScand` gives it; `scan_of` is the way back. `name` is its file, or what errors call it."""
+    meta = _metadata(scan.grid, scan.forms) | {
+        "filename_or_obj": name,
+        "flags": ";".join(scan.flags),
+        "series": json.dumps(scan.series and asdict(scan.series)),
+    }
+    return _tensor(scan.image_hu, meta)
+
+
+def mask_tensor_of(mask: NativeMask, forms: NiftiForms, name: str) -> MetaTensor:
+    """A mask as `ReadMaskd` gives it."""
+    return _tensor(mask.values, _metadata(mask.grid, forms) | {"filename_or_obj": name})
 
 
 def _tensor(values: NDArray[np.generic], meta: dict[str, Any]) -> MetaTensor:
@@ -513,3 +522,63 @@ class ForegroundProbabilityd(MapTransform):
         for key in self.key_iterator(d):
             d[key] = torch.softmax(d[key].float(), dim=0)[1:]
         return d
+
+
+class Calibrated(MapTransform):
+    """Temperature scaling (Guo et al., ICML 2017, section 4.2) of a foreground probability: logits divided by it.
+
+    Order is kept, and so are 0 and 1; 1 changes nothing.
+
+    Args:
+        temperature: above 1 makes a network less sure of itself.
+    """
+
+    def __init__(self, keys: KeysCollection, temperature: float = 1.0, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if not temperature > 0:
+            raise ConfigError(f"temperature={temperature}: expected a number above 0")
+        self.power = 1.0 / float(temperature)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Change every key, (1, ...) in [0, 1]."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            if self.power != 1.0:
+                odds, against = d[key] ** self.power, (1 - d[key]) ** self.power
+                d[key] = odds / (odds + against)
+        return d
+
+
+class RemoveSmalld(MapTransform):
+    """Take lesions (26-connected) smaller than a volume out of a mask on its native grid.
+
+    Args:
+        min_ml: lesions of less are removed; 0 removes none.
+    """
+
+    def __init__(self, keys: KeysCollection, min_ml: float = 0.0, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if not min_ml >= 0:
+            raise ConfigError(f"min_lesion_ml={min_ml}: expected 0 or more")
+        self.min_ml = float(min_ml)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Change every key, a (1, I, J, K) mask."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            mask = d[key]
+            if self.min_ml and bool(mask.any()):
+                grid = _grid_of(mask.shape[1:], mask.affine, mask.meta)
+                mask *= torch.as_tensor(large_lesions(mask.numpy()[0] > 0, grid, self.min_ml))[None]
+        return d
+
+
+def large_lesions(found: NDArray[np.bool_], grid: Grid, min_ml: float) -> NDArray[np.bool_]:
+    """The lesions of a mask that hold at least a volume."""
+    lesions = cc3d.connected_components(np.asfortranarray(found), connectivity=26)
+    volumes_ml = np.bincount(lesions.ravel(order="K")) * grid.voxel_volume_mm3 / 1000
+    if grid.slice_positions is not None:
+        volumes_ml = np.array([grid.foreground_ml(lesions == n) for n in range(len(volumes_ml))])
+    keep = volumes_ml >= min_ml
+    keep[0] = False
+    return np.asarray(keep[lesions])

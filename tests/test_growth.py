@@ -464,10 +464,8 @@ def test_wrong_calls_write_nothing(folder: Path, capsys, words: list[str], messa
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_scan_needs_a_bundle_and_predicts_no_subtypes(folder: Path, capsys) -> None:
+def test_a_bundle_predicts_no_subtypes(folder: Path, capsys) -> None:
     block(folder / "a.nii.gz", 2), block(folder / "b.nii.gz", 3)
-    assert run("a.nii.gz", "b.nii.gz", "--out", "g.csv") == 2
-    assert "which bundle?" in capsys.readouterr().err
     words = ["bundle=cascade3d", "criterion=revised", "subtypes=true"]
     assert run("a.nii.gz", "b.nii.gz", "--out", "g.csv", *words) == 2
     assert "new IVH shows in masks with subtypes only" in capsys.readouterr().err

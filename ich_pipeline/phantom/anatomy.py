@@ -25,6 +25,7 @@ VOXEL_ML = 1e-3
 
 AIR, FAT, MUSCLE, SKIN, DURA, VENOUS = -1000, -95, 55, 35, 52, 56
 CSF, GREY, WHITE, BRAINSTEM = 7, 38.5, 28, 31
+BONE, MARROW = 1420, 520
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Person:
         calcified: which of pineal, choroid, basal_ganglia, falx, carotid are.
         leukoaraiosis: 0 to 1, low density around the ventricles.
         old_infarct: a wedge of CSF density, no hemorrhage.
+        csf_hu, grey_hu, white_hu, brainstem_hu, dura_hu, venous_hu, bone_hu, marrow_hu: of each tissue.
+        dura_mm: how much thicker than ordinary each half of falx and tentorium is.
+        calcium, calcium_size: HU and diameter of calcifications against the ordinary ones.
     """
 
     age: float
@@ -50,6 +54,17 @@ class Person:
     old_infarct: bool
     sinus_fluid: bool
     haematocrit: float
+    csf_hu: float = CSF
+    grey_hu: float = GREY
+    white_hu: float = WHITE
+    brainstem_hu: float = BRAINSTEM
+    dura_hu: float = DURA
+    venous_hu: float = VENOUS
+    bone_hu: float = BONE
+    marrow_hu: float = MARROW
+    dura_mm: float = 0.0
+    calcium: float = 1.0
+    calcium_size: float = 1.0
 
     @classmethod
     def draw(cls, rng: np.random.Generator, age_years: tuple[float, float]) -> "Person":
@@ -265,8 +280,8 @@ def _calvaria(hu: Array, cavity_mm: Array, base: _SkullBase, person: Person, tex
     bone = share(outward) * share(thick - outward) * share(z - base.wall_end_mm[i, j])
     table = 0.24 * thick + 0.5
     cortical = np.maximum(share(table - outward), share(outward - thick + table))
-    marrow = 520 + 110 * texture(x, y, z, 7) + 130 * texture(x, y, z, 30)
-    value = marrow + cortical * (1420 - marrow)
+    marrow = np.float32(person.marrow_hu) + 110 * texture(x, y, z, 7) + 130 * texture(x, y, z, 30)
+    value = marrow + cortical * (np.float32(person.bone_hu) - marrow)
     coronal = np.abs(y - 22 + 0.25 * z + 1.5 * texture(x, y, z, 12))
     lambdoid = np.abs(y + 72 - 0.45 * np.abs(x) + 0.3 * (z - 30))
     suture = np.maximum(share(0.6 - coronal) * (z > 5), share(0.6 - lambdoid) * (z > -20))
@@ -422,17 +437,19 @@ def build_brain(inside: Interior, person: Person, rng: np.random.Generator, room
     outer_mm = np.maximum(np.maximum(sulcus_mm, sylvian_mm), np.maximum(fissure_mm, gap_mm))
     cortex = share(3.0 + 0.5 * inside.noise(14) + outer_mm)
     grey = np.where(supra, np.maximum(cortex, _deep_grey(np.abs(xm), y, z)), 0).astype(np.float32)
-    hu = WHITE + grey * np.float32(GREY - WHITE)
+    hu = np.float32(person.white_hu) + grey * np.float32(person.grey_hu - person.white_hu)
     folia = smoothstep(inside.noise(7) + 0.35, -0.6, 0.6)
-    cerebellum = BRAINSTEM + 5.5 * folia * smoothstep(-np.hypot((np.abs(x) - 20) / 1.6, z + 45), -26, -12)
+    cerebellum = np.float32(person.brainstem_hu) + 5.5 * folia * smoothstep(
+        -np.hypot((np.abs(x) - 20) / 1.6, z + 45), -26, -12
+    )
     hu = np.where(supra, hu, cerebellum).astype(np.float32)
     hu -= 9 * person.leukoaraiosis * smoothstep(ventricle_mm + 1.5 * inside.noise(20), -11, -2) * (1 - grey) * supra
     hu += 0.7 * inside.noise(24)
     if person.old_infarct:
         hu = _old_infarct(inside, hu, rng)
-    hu += csf * (CSF - hu)
+    hu += csf * (np.float32(person.csf_hu) - hu)
     white = ((1 - grey) * (1 - csf) * supra).astype(np.float32)
-    falx, barrier = _meninges(inside, hu, xm, above_callosum, supra)
+    falx, barrier = _meninges(inside, hu, person, xm, above_callosum, supra)
     _calcify(inside, hu, person, rng, falx)
     return Brain(hu, csf * (1 - barrier), ventricle, cistern, white, falx, barrier)
 
@@ -544,22 +561,23 @@ def _old_infarct(inside: Interior, hu: Array, rng: np.random.Generator) -> Array
 
 
 def _meninges(
-    inside: Interior, hu: Array, xm: Array, above_callosum: Array, supra: NDArray[np.bool_]
+    inside: Interior, hu: Array, person: Person, xm: Array, above_callosum: Array, supra: NDArray[np.bool_]
 ) -> tuple[Array, Array]:
     """Paint falx, tentorium and dural sinuses; return the falx, and falx and tentorium together."""
     x, y, z, depth = inside.x, inside.y, inside.z, inside.depth_mm
     reaches = (above_callosum > 0.02) & (z > -18) & supra
-    falx = share(0.15 - np.abs(xm)) * reaches
+    falx = share(np.float32(0.15 + person.dura_mm) - np.abs(xm)) * reaches
     height = tentorium_height(x, y)
     behind = (y < -6 - 0.62 * np.abs(x)) & (np.hypot(x / 21, (y + 20) / 24) > 1)
-    tentorium = share(0.1 - 0.9 * np.abs(z - height)) * behind
+    tentorium = share(np.float32(0.1 + person.dura_mm) - 0.9 * np.abs(z - height)) * behind
     near_middle = 4.2 - np.hypot(xm, 1.1 * np.maximum(depth, 0) + 0.5)
     sagittal = share(near_middle) * ((z > 20) | (y < -70)) * (z > -24)
     transverse = share(3.4 - np.hypot(np.maximum(depth, 0), 0.8 * (z - height))) * (y < -45) * (np.abs(x) < 62)
     straight = share(1.8 - np.hypot(x, z - height)) * (y < -40)
     barrier = np.maximum(falx, tentorium).astype(np.float32)
-    hu += barrier * (DURA - hu)
-    hu += np.maximum(np.maximum(sagittal, transverse), straight) * (depth > -0.5) * (VENOUS - hu)
+    hu += barrier * (np.float32(person.dura_hu) - hu)
+    sinuses = np.maximum(np.maximum(sagittal, transverse), straight) * (depth > -0.5)
+    hu += sinuses * (np.float32(person.venous_hu) - hu)
     return falx.astype(np.float32), barrier
 
 
@@ -574,7 +592,7 @@ def _calcify(inside: Interior, hu: Array, person: Person, rng: np.random.Generat
         ("falx", (0, 50, 40), (1.8, 9, 6), 500),
     ]
     for (name, centre, axes, value), shift in zip(spots, jitter, strict=True):
-        size = np.array(axes) * rng.uniform(0.6, 1.2)
+        size = np.array(axes) * rng.uniform(0.6, 1.2) * person.calcium_size
         if name not in person.calcified:
             continue
         middle = np.array(centre) + shift * (name != "falx")
@@ -586,4 +604,4 @@ def _calcify(inside: Interior, hu: Array, person: Person, rng: np.random.Generat
         lump = ellipsoid(px, py, pz, middle, size) + 0.8 * inside.texture(px, py, pz, 6)
         if name == "falx":
             lump = np.minimum(lump, 4 * falx[near] - 0.5)
-        hu[near] += share(lump) * (np.float32(value) - hu[near])
+        hu[near] += share(lump) * (np.float32(value * person.calcium) - hu[near])

@@ -4,6 +4,7 @@ Only IPH, SDH and EDH: ventricles and sulci cannot be told reliably from CSF val
 gas), and a label that is wrong about its own space teaches the wrong thing.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
@@ -70,6 +71,15 @@ def bleed_into(case_id: str, seed: int, settings: PhantomSettings, background: S
     clean = bleed_rng.random() < settings.clean_fraction
     plans = [] if clean else bl.plan_bleeds(bleed_rng, settings, KINDS)
     made = [_bleed(inside, plan, bleed_rng) for plan in plans]
+    case = bled_into(case_id, background, head, inside, made)
+    case.truth.update(seed=seed, bleeds=[asdict(plan) for plan in plans])
+    return case
+
+
+def bled_into(
+    case_id: str, background: Scan, head: RealHead, inside: Interior, made: Sequence[bl.Bleed]
+) -> PhantomCase:
+    """A real scan with hemorrhages that were made at the points of its head."""
     grid = background.grid
     taken = np.zeros_like(inside.x)
     blood: dict[str, Array] = {}
@@ -87,12 +97,10 @@ def bleed_into(case_id: str, seed: int, settings: PhantomSettings, background: S
     image_hu = _mixed(background, head, total, change_hu, edema)
     label = label_of(blood, grid.shape)
     truth = {
-        "seed": seed,
         "background": background.case_id,
         "age": None,
         "tilt_deg": round(grid.tilt_deg, 4),
         "slice_mm": round(grid.slice_spacing_mm, 4),
-        "bleeds": [asdict(plan) for plan in plans],
     } | volumes_of(blood, label, edema, grid)
     scan = Scan(case_id, image_hu, grid, background.forms, background.source, flags=background.flags)
     brain = head.brain | (label > 0)

@@ -11,6 +11,7 @@ from ich_pipeline.detection import boxes_of_mask
 from ich_pipeline.geometry import Grid
 from ich_pipeline.labels import Subtype
 from ich_pipeline.phantom import bleeds as bl
+from ich_pipeline.phantom import variety
 from ich_pipeline.phantom.anatomy import Brain, Interior, Person, build_brain, build_head
 from ich_pipeline.phantom.background import bleed_into
 from ich_pipeline.phantom.bleeds import Bleed, Plan
@@ -39,14 +40,20 @@ def make_case(
     """
     if background is not None:
         return bleed_into(case_id, seed, settings, background)
-    streams = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(5)]
-    head_rng, texture_rng, bleed_rng, scan_rng, noise_rng = streams
+    streams = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(6)]
+    head_rng, texture_rng, bleed_rng, scan_rng, noise_rng, variety_rng = streams
     person = Person.draw(head_rng, settings.age_years)
     protocol = draw_protocol(scan_rng, settings)
-    texture = Texture(texture_rng)
-    head_hu, inside = build_head(person, head_rng, texture)
     plans = [] if bleed_rng.random() < settings.clean_fraction else bl.plan_bleeds(bleed_rng, settings, list(Subtype))
-    brain, made = _bleeding_brain(inside, person, plans, head_rng, bleed_rng, protocol)
+    if settings.varied:
+        person = variety.varied_person(person, variety_rng)
+        protocol = variety.varied_protocol(protocol, variety_rng)
+        plans = variety.varied_plans(plans, settings, variety_rng)
+    head_hu, inside = build_head(person, head_rng, Texture(texture_rng))
+    if settings.varied:
+        variety.add_to_skull(head_hu, inside, variety_rng)
+    findings_rng = variety_rng if settings.varied else None
+    brain, made = _bleeding_brain(inside, person, plans, head_rng, bleed_rng, protocol, findings_rng)
     flat = head_hu.reshape(-1)
     bone = flat[inside.index]
     hu = np.where(inside.share < 1, bone + inside.share * (brain.hu - CSF_FILL), brain.hu)
@@ -70,8 +77,12 @@ def _bleeding_brain(
     head_rng: np.random.Generator,
     rng: np.random.Generator,
     protocol: Protocol,
+    findings_rng: np.random.Generator | None,
 ) -> tuple[Brain, list[Bleed]]:
-    """Extra-axial blood first, as the brain makes way for it; then the brain; then blood in it, painted over."""
+    """Extra-axial blood first, as the brain makes way for it; then the brain; then blood in it, painted over.
+
+    With `findings_rng` the brain holds findings that are no hemorrhage as well.
+    """
     room = bl.no_room(inside)
     made: list[Bleed] = []
     by_kind = {plan.subtype: plan for plan in plans}
@@ -87,6 +98,8 @@ def _bleeding_brain(
         order, room.widen_mm = bl.subarachnoid_reach(inside, by_kind[Subtype.SAH], rng)
     room.ventricle_scale = _ventricle_scale(plans, rng)
     brain = build_brain(inside, person, head_rng, room)
+    if findings_rng is not None:
+        variety.add_findings(inside, brain, findings_rng)
     free = 1 - np.clip(sum((b.blood for b in made), np.zeros_like(brain.hu)), 0, 1) - brain.barrier
     free = np.maximum(free, 0)
     if Subtype.IPH in by_kind:
@@ -97,6 +110,8 @@ def _bleeding_brain(
         made.append(bl.intraventricular(inside, brain, by_kind[Subtype.IVH], rng, protocol.gravity, free, cast))
     if order is not None:
         made.append(bl.subarachnoid(inside, brain, by_kind[Subtype.SAH], order, free))
+    if findings_rng is not None:
+        variety.vary_bleeds(inside, made, plans, findings_rng, free)
     bl.mix_bleeds(brain.hu, made)
     return brain, made
 
@@ -156,7 +171,10 @@ def with_truth(
 ) -> PhantomCase:
     """A case of a scan and the bleeds that were put into its head: their labels, volumes and boxes."""
     grid = Grid(protocol.shape, protocol.affine)
-    volumes = {bleed.subtype.name: inside.volume(bleed.blood) for bleed in made}
+    volumes: dict[str, Array] = {}
+    for bleed in made:
+        own = inside.volume(bleed.blood)
+        volumes[bleed.subtype.name] = own + volumes[bleed.subtype.name] if bleed.subtype.name in volumes else own
     volumes["brain"] = inside.volume(inside.share)
     edema = [bleed.edema for bleed in made if bleed.edema is not None]
     if edema:

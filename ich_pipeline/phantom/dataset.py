@@ -46,6 +46,7 @@ def write_dataset(
     settings: PhantomSettings = DEFAULT,
     background: Path | None = None,
     jobs: int = 2,
+    split: str | None = None,
     on_case: Callable[[str], object] | None = None,
     make: Callable[..., PhantomCase] = make_case,
 ) -> Path:
@@ -58,6 +59,7 @@ def write_dataset(
         background: a real scan (NIfTI file or DICOM folder) to put the hemorrhages into. All cases are then one
             patient's, and all are in the split `test`.
         jobs: processes.
+        split: of every case; None parts them 6 : 3 : 1.
         on_case: called with the id of each case that is ready, in the order of readiness.
         make: what makes a case, a function of a module that takes what `make_case` takes.
 
@@ -84,7 +86,7 @@ def write_dataset(
     truths = [json.loads(_truth_file(out, case_id).read_text()) for case_id in ids]
     write_csv_rows(out / "boxes.csv", (box for truth in truths for box in truth["boxes"]), BOX_COLUMNS)
     manifest = out / "manifest.csv"
-    write_csv_rows(manifest, [_row(i, truth, settings) for i, truth in enumerate(truths)], MANIFEST_COLUMNS)
+    write_csv_rows(manifest, [_row(i, truth, settings, split) for i, truth in enumerate(truths)], MANIFEST_COLUMNS)
     return manifest
 
 
@@ -161,7 +163,7 @@ def _write_case(
     own_seed = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
     own = replace(settings, clean_fraction=float(is_clean(index, settings.clean_fraction)))
     case = make(case_id, own_seed, own, _background(background) if background else None)
-    _write_image(out / "images" / f"{case_id}.nii.gz", case.scan)
+    write_image(out / "images" / f"{case_id}.nii.gz", case.scan)
     masks = {"labels": case.label, "edema": case.edema.view(np.uint8), "brain": case.brain.view(np.uint8)}
     for folder, mask in masks.items():
         write_mask(out / folder / f"{case_id}.nii.gz", mask, case.scan.grid, case.scan.forms)
@@ -187,16 +189,16 @@ def _truth_file(out: Path, case_id: str) -> Path:
     return out / "truth" / f"{case_id}.json"
 
 
-def _row(index: int, truth: dict[str, Any], settings: PhantomSettings) -> dict[str, Any]:
+def _row(index: int, truth: dict[str, Any], settings: PhantomSettings, split: str | None) -> dict[str, Any]:
     case_id = truth["case_id"]
-    split, fold = _split_and_fold(index, settings.clean_fraction)
+    own, fold = _split_and_fold(index, settings.clean_fraction)
     volumes = {f"{name.lower()}_ml": f"{ml:.5f}" for name, ml in truth["volume_ml"].items()}
     return {
         "case_id": case_id,
         "patient_id": truth["patient_id"],
         "image": f"images/{case_id}.nii.gz",
         "label": f"labels/{case_id}.nii.gz",
-        "split": "test" if truth["background"] else split,
+        "split": split or ("test" if truth["background"] else own),
         "fold": None if truth["background"] else fold,
         "subtype": truth["subtype"],
         "edema": f"edema/{case_id}.nii.gz",
@@ -209,7 +211,7 @@ def _row(index: int, truth: dict[str, Any], settings: PhantomSettings) -> dict[s
     } | volumes
 
 
-def _write_image(path: Path, scan: Scan) -> None:
+def write_image(path: Path, scan: Scan) -> None:
     """An int16 NIfTI file in HU with the scan's forms; the same scan gives the same bytes."""
     image = nib.Nifti1Image(np.rint(scan.image_hu).astype(np.int16), scan.grid.affine)
     image.set_sform(scan.forms.sform, scan.forms.sform_code)

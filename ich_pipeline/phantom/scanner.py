@@ -31,6 +31,59 @@ MIDDLE_INTEGRAL = 3.4  # attenuation through the middle of a head: 160 mm of tis
 PADDING_HU = (-1024, -2000, -3024)
 
 
+@dataclass(frozen=True)
+class Degradation:
+    """What a scanner and a restless patient add to a plain image; the defaults add nothing.
+
+    Attributes:
+        hardening: beam hardening against that of the plain phantom.
+        glare: share of each pixel's light that spreads over its surroundings, with a deviation of glare_mm.
+        edge_gain: how much of the finest detail is added once more, as sharp kernels do.
+        blur_mm: deviation of a further blur in plane.
+        slow_noise_hu: deviation of noise some millimetres wide.
+        gain, offset_hu: calibration; gain acts on HU + 1000.
+        moved_mm: how far the head lay apart in two halves of the views of some slices.
+    """
+
+    hardening: float = 1.0
+    glare: float = 0.0
+    glare_mm: float = 3.0
+    edge_gain: float = 0.0
+    blur_mm: float = 0.0
+    slow_noise_hu: float = 0.0
+    gain: float = 1.0
+    offset_hu: float = 0.0
+    moved_mm: float = 0.0
+
+    def apply(self, image_hu: Array, pixel_mm: float, rng: np.random.Generator) -> Array:
+        """The image (I, J, K) with all of it but hardening, which `scan_hu` sees to."""
+
+        def smoothed(values: Array, sigma_mm: float) -> Array:
+            return ndimage.gaussian_filter(values, (sigma_mm / pixel_mm, sigma_mm / pixel_mm, 0))
+
+        if self.slow_noise_hu:
+            slow = smoothed(rng.standard_normal(image_hu.shape, dtype=np.float32), float(rng.uniform(1, 3)))
+            image_hu = image_hu + slow * np.float32(self.slow_noise_hu / max(float(slow.std()), 1e-6))
+        if self.moved_mm:
+            first, stop = sorted(rng.integers(0, image_hu.shape[2] + 1, 2))
+            angle = rng.uniform(0, 2 * np.pi)
+            shift = [self.moved_mm / pixel_mm * float(f(angle)) for f in (np.cos, np.sin)]
+            part = image_hu[:, :, first:stop]
+            weight = float(rng.uniform(0.2, 0.5))
+            image_hu = image_hu.copy()
+            image_hu[:, :, first:stop] += weight * (ndimage.shift(part, (*shift, 0), order=1, mode="nearest") - part)
+        if self.glare:
+            image_hu = image_hu + np.float32(self.glare) * (smoothed(image_hu, self.glare_mm) - image_hu)
+        if self.edge_gain:
+            image_hu = image_hu + np.float32(self.edge_gain) * (image_hu - smoothed(image_hu, 0.7))
+        if self.blur_mm:
+            image_hu = smoothed(image_hu, self.blur_mm)
+        return (image_hu + 1000) * np.float32(self.gain) + np.float32(self.offset_hu - 1000)
+
+
+PLAIN = Degradation()
+
+
 @dataclass(frozen=True, eq=False)
 class Protocol:
     """Geometry and settings of one scan.
@@ -58,6 +111,7 @@ class Protocol:
     padding_hu: int | None
     headrest: str
     cut: bool
+    degradation: Degradation = PLAIN
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -254,8 +308,10 @@ def scan_hu(lattice: Lattice, head_hu: Array, rng: np.random.Generator) -> NDArr
     hardening_hu, noise_scale = _projected_errors(lattice, slices)
     image = lattice.to_pixels(slices + 1000, protocol.sharpness) - 1000
     _add_headrest(image, protocol)
-    image += _from_projection(protocol, hardening_hu)
+    image += _from_projection(protocol, hardening_hu) * np.float32(protocol.degradation.hardening)
     image += _noise(protocol, rng) * (protocol.noise_hu * _from_projection(protocol, noise_scale))
+    if protocol.degradation is not PLAIN:
+        image = protocol.degradation.apply(image, protocol.pixel_mm, rng)
     np.clip(image, -1024, 3071, out=image)
     result = np.rint(image).astype(np.int16)
     if protocol.padding_hu is not None:

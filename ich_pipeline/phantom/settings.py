@@ -34,6 +34,7 @@ class PhantomSettings:
         circle_fraction: scans with padding outside the circular reconstruction field.
         age_years: age, which sets atrophy and white matter lesions.
         noise_hu: standard deviation in the middle of the brain at 5 mm slices.
+        varied: findings that are no hemorrhage, tissue of any HU and scanners of any kind (variety.py).
 
     Raises:
         ConfigError: a range, share or name that cannot be.
@@ -54,6 +55,7 @@ class PhantomSettings:
     circle_fraction: float = 0.4
     age_years: tuple[float, float] = (20.0, 92.0)
     noise_hu: tuple[float, float] = (2.5, 5.5)
+    varied: bool = False
 
     def __post_init__(self) -> None:
         for name in ("clean_fraction", "tilt_fraction", "cut_fraction", "circle_fraction"):
@@ -82,6 +84,18 @@ class PhantomSettings:
     def as_json(self) -> dict[str, Any]:
         """The settings as JSON holds them, so that two sets can be compared."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+# What the shipped weights were trained on, and are tested on: `ich-pipeline phantom --varied`.
+VARIED = PhantomSettings(
+    clean_fraction=0.3,
+    volume_ml=(0.05, 150.0),
+    pixel_mm=(0.38, 0.6),
+    slice_mm=(0.6, 1.0, 1.5, 2.0, 2.5, 3.0, 3.0, 4.0, 4.0, 5.0, 5.0, 5.0, 5.0, 5.0, 6.0, 7.0, 8.0),
+    cut_fraction=0.12,
+    noise_hu=(1.0, 8.0),
+    varied=True,
+)
 
 
 @dataclass(frozen=True, eq=False)
