@@ -41,7 +41,12 @@ def main() -> None:
         key = different[0]
         raise ConfigError(f"{key} is {run[key]} in {source.path} and {own[key]} in {target.path}: make them the same.")
     state = torch.load(source.weights, map_location="cpu", weights_only=True)
-    half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    # MONAI's DynUNet has each layer under two names: one tensor, which is to be stored once.
+    made: dict[int, torch.Tensor] = {}
+    half = {
+        name: made.setdefault(value.data_ptr(), value.half()) if value.is_floating_point() else value
+        for name, value in state.items()
+    }
     if not all(torch.isfinite(value).all() for value in half.values()):
         raise ConfigError(f"{source.weights}: a number is too large for half precision.")
     weights = target.path / "models" / "model.pt"

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,9 @@ PATH_KEYS = (
     "boxes",
     "background",
 )  # of configs: files of the user's; `boxes` may be one of `boxes.SOURCES` as well
+# What `calibrate` and the shipping of weights leave in a bundle, and what is there without.
+UNCALIBRATED = {"temperature": 1.0, "threshold": 0.5, "min_lesion_ml": 0.0}
+OF_WEIGHTS = ("operating_points", "calibration", "trained")
 # What a resumed run may change: the saved state does not depend on it.
 MAY_CHANGE = ("epochs", "patience", "validate_every", "workers", "device")
 
@@ -476,6 +480,9 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
         _require_unfinished(out, configs["train"])
         write_configs(target, configs)
         return
+    if source.metadata.get("calibration"):
+        # Chosen for the weights that the source has, which this run does not take along.
+        settings = replace(settings, overrides={**UNCALIBRATED, **settings.overrides})
     configs = settings.config(source, *TRAIN_CONFIGS)
     streams = is_stream(configs["train"])
     if not (configs["train"]["data"] or streams):
@@ -512,7 +519,8 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
             "trained_on_phantoms": on_phantoms,
             "trained_slice_mm": [round(min(slices_mm), 4), round(max(slices_mm), 4)],
         }
-        write_configs(temporary, configs | {"metadata": configs["metadata"] | made_here})
+        metadata = {key: value for key, value in configs["metadata"].items() if key not in OF_WEIGHTS}
+        write_configs(temporary, configs | {"metadata": metadata | made_here})
         (temporary / "models").mkdir(exist_ok=True)
 
 

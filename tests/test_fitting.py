@@ -178,7 +178,7 @@ def test_the_planned_network_fits_two_cases(pair: list[dict[str, str]]) -> None:
 
 
 # Every slice of two heads in a step, or two whole heads: their windows and strides want multiples of 32.
-WHOLE = {"unetplusplus2d": (1, 32, 32), "swinunetr": (32, 32, 32)}
+WHOLE = {"unetplusplus2d": ((1, 32, 32), 2.5), "swinunetr": ((32, 32, 32), 3.5)}  # and pixels in mm
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -186,14 +186,15 @@ def test_network_fits_two_whole_heads(name: str, pair: list[dict[str, str]]) -> 
     if bundles.find_bundle(name).missing_packages:
         pytest.skip(f"{name} needs {', '.join(bundles.find_bundle(name).missing_packages)}, not installed")
     torch.manual_seed(0)
-    parser = parser_of(name, learning_rate=0.002, weight_decay=0.0)
+    multiples, pixel_mm = WHOLE[name]
+    parser = parser_of(name, learning_rate=0.002, weight_decay=0.0, spacing_mm=[5.0, pixel_mm, pixel_mm])
     ready = parser.get_parsed_content("preprocessing")
     cases = [ready(case) for case in pair]
     shape = [max(case["image"].shape[axis + 1] for case in cases) for axis in range(3)]
-    size = [-(-n // m) * m for n, m in zip(shape, WHOLE[name], strict=True)]
+    size = [-(-n // m) * m for n, m in zip(shape, multiples, strict=True)]
     pad = PadToSized(["image", "label"], size)
     image, label = (torch.stack([pad(case)[key] for case in cases]) for key in ("image", "label"))
-    if WHOLE[name][0] == 1:  # slices are the batch, and those without blood are many
+    if multiples[0] == 1:  # slices are the batch, and those without blood are many
         image, label = (each.transpose(1, 2).flatten(0, 1) for each in (image, label))
         kept = label.flatten(1).any(dim=1)
         kept[::4] = True

@@ -12,7 +12,7 @@ from ich_pipeline.manifest import read_manifest, write_manifest
 from ich_pipeline.records import CaseRecord
 from ich_pipeline.run_report import RunReport
 from ich_pipeline.settings import Settings
-from ich_pipeline.training import prepare_run, train_bundle
+from ich_pipeline.training import UNCALIBRATED, prepare_run, train_bundle
 
 CASES_FILE = "label_cases.csv"  # in the studies folder: who learns and who validates
 PATIENTS_FILE = "patients.csv"  # optional, there: image,patient_id
@@ -91,10 +91,11 @@ def fine_tune(versions: Versions, manifest: Path, epochs: int, *, run: Mapping[s
     defaults = Settings.of([])
     # Of version 0: a version has been trained at a share of it already.
     rate = versions.source.config("train")["learning_rate"] * RATE_SHARE
-    settings = Settings(
-        {**defaults.run, **(run or {}), "preset": None},
-        {"data": str(manifest), "epochs": epochs, "validate_every": 1, "patience": 0, "learning_rate": rate},
-    )
+    inference = source.config("inference")
+    # Weights that go on are cut where they were cut.
+    point = {key: inference[key] for key in UNCALIBRATED if key in inference}
+    own = {"data": str(manifest), "epochs": epochs, "validate_every": 1, "patience": 0, "learning_rate": rate}
+    settings = Settings({**defaults.run, **(run or {}), "preset": None}, own | point)
     prepare_run(source, settings, out, resume=False)
     bundle = type(source)(out / "bundle")
     metadata = bundle.metadata
