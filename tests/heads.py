@@ -22,6 +22,7 @@ from ich_pipeline.bundles import resource
 from ich_pipeline.files import sha256_of
 from ich_pipeline.geometry import Grid
 from ich_pipeline.networks.cascade_unet import CascadeUNet
+from ich_pipeline.training import OF_WEIGHTS, UNCALIBRATED
 
 # After the brain window [-5, 85] HU, scaled to [0, 1]: tissue of scan_files.head_hu is 0.39 to 0.55, blood 0.78.
 BLOOD = (0.66, 0.9)
@@ -64,8 +65,13 @@ def oracle_bundle(folder: Path, delay_s: float = 0.0, **settings: Any) -> Path:
     config["network_def"] = {"_target_": "heads.OracleCascade", "delay_s": delay_s, "coarse_scale": 1, "resize": False}
     (scale,) = (s for s in config["preprocessing"]["transforms"] if s["_target_"] == "ScaleIntensityRanged")
     scale["b_min"] = 0.0
-    config |= {"spacing_mm": [11.0, 2.0, 2.0], "mode": "fast", "amp": "off"} | settings
+    # The operating point and the flag of the weights that ship are not the oracle's.
+    config |= UNCALIBRATED | {"spacing_mm": [11.0, 2.0, 2.0], "mode": "fast", "amp": "off"} | settings
     file.write_text(yaml.safe_dump(config, sort_keys=False))
+    metadata = folder / "configs" / "metadata.json"
+    of_shipped = {"trained_on_phantoms", "trained_slice_mm", *OF_WEIGHTS}
+    kept = {key: value for key, value in json.loads(metadata.read_text()).items() if key not in of_shipped}
+    metadata.write_text(json.dumps(kept))
     save_weights(folder, OracleCascade(coarse_scale=1, resize=False))
     return folder
 

@@ -14,7 +14,7 @@ from ich_pipeline import __version__, cli
 
 COMMANDS = [
     *(["segment"], ["volume"], ["agreement"], ["compare"], ["train"], ["evaluate"], ["phantom"], ["demo"], ["bundles"]),
-    *(["plan"], ["tune"], ["data", "index"], ["data", "boxes"]),
+    *(["plan"], ["tune"], ["calibrate"], ["data", "index"], ["data", "boxes"]),
     *(["label", "start"], ["label", "stop"], ["label", "versions"]),
 ]
 # What makes a light command slow to start.
