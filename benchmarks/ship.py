@@ -1,9 +1,9 @@
 """Put the weights of a trained and calibrated bundle into the one that ships.
 
-    ich-pipeline train bundle=cascade3d variant=synthesis preset=shipped_cpu out=runs/shipped [background=HEAD]
+    ich-pipeline train bundle=cascade3d variant=synthesis preset=shipped_cpu out=runs/cascade3d [background=HEAD]
     ich-pipeline phantom runs/phantoms --cases 100 --seed 90002 --matrix 256 --split val --varied
-    ich-pipeline calibrate bundle=runs/shipped/bundle data=runs/phantoms/manifest.csv split=val out=runs/calibration
-    python benchmarks/ship.py runs/shipped/bundle
+    ich-pipeline calibrate bundle=runs/cascade3d/bundle data=runs/phantoms/manifest.csv split=val out=runs/calibration
+    python benchmarks/ship.py runs/cascade3d/bundle
 
 Weights are stored in half precision, their SHA-256, the operating points and the calibration go into the metadata, and
 temperature, threshold and smallest lesion into the configs, whose other keys must be those of the run.

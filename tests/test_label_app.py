@@ -452,7 +452,7 @@ def test_training_begins_with_the_served_weights_and_leaves_them(tiny: Bundle, c
     assert versions.served == (1 if first.dice_after >= first.dice_before else 0)
     trained = versions.bundle(1)
     assert trained.metadata["weights_sha256"] == first.weights_sha256 != tiny.metadata["weights_sha256"]
-    assert trained.metadata["version"] == "0.1.0+label.1"
+    assert trained.metadata["version"] == f"{tiny.metadata['version']}+label.1"
     assert trained.config("train")["learning_rate"] == pytest.approx(0.001)  # a tenth of the bundle's
     # Few steps at such a rate move a weight by little: it began there, not at random.
     old, new = (torch.load(b.weights, weights_only=True) for b in (tiny, trained))  # type: ignore[arg-type]
