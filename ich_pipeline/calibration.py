@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cc3d
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import find_objects
@@ -16,6 +15,7 @@ from ich_pipeline.errors import ConfigError
 from ich_pipeline.geometry import Grid
 from ich_pipeline.pictures import reliability_plot, write_png
 from ich_pipeline.report import write_text
+from ich_pipeline.transforms import calibrated, lesions_of
 
 Floats = NDArray[np.float64]
 
@@ -102,8 +102,10 @@ def score_case(probability: NDArray[np.float32], label: NDArray[Any], grid: Grid
     found = find_objects((probability >= THRESHOLDS[0]).view(np.uint8))
     lesions: list[Floats] = []
     for threshold in THRESHOLDS:
-        part = probability[found[0]] >= threshold if found else np.zeros((1, 1, 1), bool)
-        lesions.append(_volumes_ml(part, grid, found[0] if found else None))
+        if not found:
+            lesions.append(np.zeros(0))
+            continue
+        lesions.append(lesions_of(probability[found[0]] >= threshold, grid, found[0][grid.slice_axis].start)[1][1:])
     between = (probability > 0) & (probability < 1)
     p = probability[between].astype(np.float64)
     at = np.clip(np.digitize(np.log(p / (1 - p)), LOGITS) - 1, 0, len(LOGITS) - 2)
@@ -119,22 +121,6 @@ def _voxel_ml(grid: Grid) -> Floats:
     shape = [1, 1, 1]
     shape[grid.slice_axis] = grid.shape[grid.slice_axis]
     return grid.slice_extents(0, grid.shape[grid.slice_axis]).reshape(shape) * grid.voxel_volume_mm3 / 1000
-
-
-def _volumes_ml(found: NDArray[np.bool_], grid: Grid, box: tuple[slice, ...] | None) -> Floats:
-    lesions = cc3d.connected_components(np.asfortranarray(found), connectivity=26)
-    if box is None or not lesions.any():
-        return np.zeros(0)
-    first = box[grid.slice_axis].start
-    if grid.slice_positions is None:
-        return np.bincount(lesions.ravel(order="K"))[1:] * grid.voxel_volume_mm3 / 1000
-    return np.array([grid.foreground_ml(lesions == n, first) for n in range(1, int(lesions.max()) + 1)])
-
-
-def calibrated(probability: Any, temperature: float) -> Any:
-    """A probability whose logit is divided by the temperature (`transforms.Calibrated`)."""
-    odds, against = probability ** (1 / temperature), (1 - probability) ** (1 / temperature)
-    return odds / (odds + against)
 
 
 def fit_temperature(histogram: Floats) -> float:

@@ -50,6 +50,7 @@ FLAG_WORDS = {
     "qform_differs": "The header's two transforms differ; the sform counts.",
     "secondary_image": "The series was derived from another one.",
     "sharp_kernel": "The only series was reconstructed with a kernel for bone or lung, which adds noise.",
+    "small_lesions_removed": "Lesions below min_lesion_ml were found and are in neither mask nor volume.",
     "split_by_acquisition": "The series held several acquisitions; the one without contrast agent was taken.",
     "strong_resampling": "The network saw voxels more than three times as long or as short as those of the scan.",
     "touches_border": "The mask reaches the edge of the scan: the bleed may go on outside.",

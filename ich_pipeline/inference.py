@@ -19,7 +19,7 @@ from ich_pipeline.errors import ConfigError, own_errors
 from ich_pipeline.quality import fit_flags
 from ich_pipeline.reading import find_scans
 from ich_pipeline.records import CaseRecord, NativeMask, Scan
-from ich_pipeline.transforms import Box, scan_of
+from ich_pipeline.transforms import Box, RemoveSmalld, scan_of
 
 CORNER_TOLERANCE = 1e-6  # voxels: what arithmetic adds to a corner that lies on a voxel's edge
 
@@ -132,6 +132,7 @@ class Segmenter:
         self.threshold = float(steps[cut].threshold[0])
         self.restoring = Compose(steps[:cut])
         self.thresholding = Compose([step for step in steps[cut:] if not isinstance(step, SaveImaged)])
+        self.removes_small = any(isinstance(step, RemoveSmalld) and step.min_ml for step in steps[cut:])
 
     @property
     def engine(self) -> dict[str, Any]:
@@ -165,6 +166,8 @@ class Segmenter:
             if edema is not None:  # hemorrhage is what the mask says, not what the estimate says
                 edema = NativeMask(edema.values * (mask == 0), edema.grid)
             flags = self.flags_of(loaded)
+            if self.removes_small and np.count_nonzero(probability >= self.threshold) > np.count_nonzero(mask):
+                flags += ("small_lesions_removed",)
             if loaded.data["image"].meta.get("boxes") == "[]":  # as `boxes.FindBoxesd` writes them
                 flags += ("no_boxes",)
             return Prediction(

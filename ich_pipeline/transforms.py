@@ -537,15 +537,14 @@ class Calibrated(MapTransform):
         super().__init__(keys, allow_missing_keys)
         if not temperature > 0:
             raise ConfigError(f"temperature={temperature}: expected a number above 0")
-        self.power = 1.0 / float(temperature)
+        self.temperature = float(temperature)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Change every key, (1, ...) in [0, 1]."""
         d = dict(data)
         for key in self.key_iterator(d):
-            if self.power != 1.0:
-                odds, against = d[key] ** self.power, (1 - d[key]) ** self.power
-                d[key] = odds / (odds + against)
+            if self.temperature != 1.0:
+                d[key] = calibrated(d[key], self.temperature)
         return d
 
 
@@ -569,16 +568,29 @@ class RemoveSmalld(MapTransform):
             mask = d[key]
             if self.min_ml and bool(mask.any()):
                 grid = _grid_of(mask.shape[1:], mask.affine, mask.meta)
-                mask *= torch.as_tensor(large_lesions(mask.numpy()[0] > 0, grid, self.min_ml))[None]
+                lesions, volumes_ml = lesions_of(mask.numpy()[0] > 0, grid)
+                mask *= torch.as_tensor((volumes_ml >= self.min_ml)[lesions])[None]
         return d
 
 
-def large_lesions(found: NDArray[np.bool_], grid: Grid, min_ml: float) -> NDArray[np.bool_]:
-    """The lesions of a mask that hold at least a volume."""
+def calibrated(probability: Any, temperature: float) -> Any:
+    """A probability (array or tensor) whose logit is divided by a temperature."""
+    odds, against = probability ** (1 / temperature), (1 - probability) ** (1 / temperature)
+    return odds / (odds + against)
+
+
+def lesions_of(found: NDArray[np.bool_], grid: Grid, first_slice: int = 0) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Lesions (26-connected) of a mask, or of a box of it: their numbers from 1 by voxel, and mL by number, 0 for none.
+
+    Args:
+        found: three axes, those of the grid.
+        first_slice: of the grid, that the box begins with.
+    """
     lesions = cc3d.connected_components(np.asfortranarray(found), connectivity=26)
-    volumes_ml = np.bincount(lesions.ravel(order="K")) * grid.voxel_volume_mm3 / 1000
-    if grid.slice_positions is not None:
-        volumes_ml = np.array([grid.foreground_ml(lesions == n) for n in range(len(volumes_ml))])
-    keep = volumes_ml >= min_ml
-    keep[0] = False
-    return np.asarray(keep[lesions])
+    if grid.slice_positions is None:
+        volumes_ml = np.bincount(lesions.ravel(order="K")) * grid.voxel_volume_mm3 / 1000
+    else:
+        numbers = range(int(lesions.max()) + 1)
+        volumes_ml = np.array([grid.foreground_ml(lesions == n, first_slice) for n in numbers])
+    volumes_ml[0] = 0
+    return lesions, volumes_ml

@@ -14,12 +14,12 @@ from training_cases import TINY, write_cases
 
 from ich_pipeline import bundles, calibration, commands
 from ich_pipeline.bundles import Bundle
-from ich_pipeline.calibration import LOGITS, THRESHOLDS, CaseScores, calibrated, choose, fit_temperature, score_case
+from ich_pipeline.calibration import LOGITS, THRESHOLDS, CaseScores, choose, fit_temperature, score_case
 from ich_pipeline.commands import Settings
 from ich_pipeline.errors import ConfigError
 from ich_pipeline.geometry import Grid
 from ich_pipeline.report import read_rows
-from ich_pipeline.transforms import Calibrated, RemoveSmalld
+from ich_pipeline.transforms import Calibrated, RemoveSmalld, calibrated
 
 GRID = make_grid((40, 44, 12), (1.0, 1.0, 5.0), tilt_deg=12)
 UNEVEN = Grid(GRID.shape, GRID.affine, np.r_[np.arange(11) * 0.8, 11.0])
@@ -183,6 +183,19 @@ def label_ml(record: Any) -> float:
 
     mask, _ = read_mask(record.label)
     return mask.grid.foreground_ml(mask.values)
+
+
+def test_a_row_says_that_lesions_were_taken_out(trained: Bundle, cases: Path, tmp_path: Path) -> None:
+    scan = calibration_cases(cases)[-1].image
+    found = {}
+    for min_ml in (0, 0.001, 10_000):
+        table = tmp_path / str(min_ml) / "volumes.csv"
+        words = [f"bundle={trained.path}", "threshold=0.05", f"min_lesion_ml={min_ml}", "pictures=false", "html=false"]
+        assert commands.segment([scan], table.parent / "masks", table, Settings.of(words)) == 0
+        [found[min_ml]] = read_rows(table)
+    flagged = {min_ml: "small_lesions_removed" in row.flags for min_ml, row in found.items()}
+    assert flagged == {0: False, 0.001: False, 10_000: True}
+    assert found[0].report.volume_ml > 0 == found[10_000].report.volume_ml
 
 
 def test_an_installed_bundle_is_not_written_to(cases: Path) -> None:
