@@ -1,13 +1,16 @@
 """Every bundle on one set of synthetic scans: trained, evaluated on the same held-out phantoms, in one table.
 
-    python benchmarks/bundles.py --out DIR [--preset cpu|gpu|tiny] [--bundles a,b] [--cases 60] [KEY=VALUE ...]
+    python benchmarks/bundles.py --out DIR [--preset cpu|gpu|tiny] [--bundles a,b] [--cases 60] [--more N]
+                                 [KEY=VALUE ...]
 
-40 of 60 phantoms train, 8 validate, 12 test (seed 0). The same command goes on where it stopped: a bundle that is
-trained is not trained again. Writes DIR/bundles.md beside what `evaluate` writes. Scores on phantoms say how the
-networks learn under the same means, nothing about patients.
+40 of 60 phantoms train, 8 validate, 12 and N more test (seed 0). The same command goes on where it stopped: a bundle
+that is trained is not trained again. Writes DIR/bundles.md beside what `evaluate` writes. Scores on phantoms say how
+the networks learn under the same means, nothing about patients.
 """
 
 import argparse
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,7 +23,8 @@ from ich_pipeline.bundles import Bundle
 from ich_pipeline.evaluation import Evaluation, compare, labelled_cases
 from ich_pipeline.manifest import read_manifest, split_by_patient, write_manifest
 from ich_pipeline.overlap import compare_masks
-from ich_pipeline.phantom import write_dataset
+from ich_pipeline.phantom import make_case, write_dataset
+from ich_pipeline.phantom.settings import PhantomCase
 from ich_pipeline.reading import read_mask
 from ich_pipeline.records import CaseRecord
 from ich_pipeline.report import interval, write_text
@@ -31,13 +35,45 @@ SHARES = {"train": 40 / 60, "val": 8 / 60, "test": 12 / 60}
 SCORES = ("dice", "nsd", "rvd", "abs_error_ml", "false_alarm_ml")
 
 
-def phantoms(folder: Path, cases: int) -> Path:
-    """The manifest of the set; made once."""
+def arguments(description: str | None, per: str) -> argparse.ArgumentParser:
+    """What every one of these benchmarks takes; `per` is what gets the settings."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help=f"settings of training, for every {per}")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--preset", default="cpu")
+    parser.add_argument("--cases", type=int, default=60)
+    parser.add_argument("--more", type=int, default=0, help="further phantoms to test on")
+    return parser
+
+
+def phantoms(folder: Path, cases: int, more: int = 0, make: Callable[..., PhantomCase] = make_case) -> Path:
+    """The manifest of the set; made once.
+
+    Args:
+        cases: parted into training, validation and test.
+        more: so many further phantoms of the same kind, all in the split `test`: the intervals become narrower, and
+            nothing else changes.
+        make: what makes a phantom.
+    """
     manifest = folder / "manifest.csv"
     if not manifest.is_file():
-        write_dataset(folder, cases, 0)
-        write_manifest(manifest, split_by_patient(read_manifest(manifest), SHARES, seed=0))
+        write_dataset(folder, cases + more, 0, make=make)
+        records = read_manifest(manifest)
+        further = [replace(record, split="test") for record in records[cases:]]
+        write_manifest(manifest, [*split_by_patient(records[:cases], SHARES, seed=0), *further])
     return manifest
+
+
+def conditions(given: argparse.Namespace, manifest: Path) -> str:
+    """What stands above every table: data, preset, settings, machine, versions and date."""
+    splits = [record.split for record in read_manifest(manifest)]
+    counts = ", ".join(f"{splits.count(split)} {split}" for split in SHARES)
+    libraries = [f"{name} {version}" for name, version in versions().items() if name in ("torch", "monai")]
+    settings = " ".join([f"preset={given.preset}", *given.words])
+    return (
+        f"{len(splits)} synthetic scans ({counts}), `{settings}`, {machine()['cores']} cores, {', '.join(libraries)}, "
+        f"{datetime.now(UTC):%Y-%m-%d}."
+    )
 
 
 def trained(name: str, manifest: Path, preset: str, words: list[str], out: Path) -> Bundle:
@@ -106,14 +142,10 @@ def statements(dice: dict[str, dict[str, float]], cases: list[CaseRecord], out: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="settings of training, for every bundle")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--preset", default="cpu")
+    parser = arguments(__doc__, "bundle")
     parser.add_argument("--bundles", default=",".join(bundles.all_bundles()))
-    parser.add_argument("--cases", type=int, default=60)
     given = parser.parse_args()
-    manifest = phantoms(given.out / "phantoms", given.cases)
+    manifest = phantoms(given.out / "phantoms", given.cases, given.more)
     cases = labelled_cases(manifest, "test")
     found = [trained(name, manifest, given.preset, given.words, given.out / name) for name in given.bundles.split(",")]
     lines = []
@@ -125,7 +157,6 @@ def main() -> None:
         evaluation = compare(cases, out / "volumes.csv")
         dice[bundle.name] = {row.case_id: row.dice for row in evaluation.rows}
         lines.append(line(bundle, evaluation))
-    about = ", ".join(f"{name} {version}" for name, version in versions().items() if name in ("torch", "monai"))
     heading = [
         "bundle",
         "Dice",
@@ -138,8 +169,7 @@ def main() -> None:
         "M parameters",
     ]
     text = [
-        f"{given.cases} synthetic phantoms, {len(cases)} held out, preset {given.preset}, {machine()['cores']} cores, "
-        f"{about}, {datetime.now(UTC):%Y-%m-%d}. Brackets: 95 % bootstrap interval.",
+        f"{conditions(given, manifest)} Brackets: 95 % bootstrap interval.",
         "",
         f"| {' | '.join(heading)} |",
         f"|---|{'--:|' * (len(heading) - 1)}",

@@ -1,25 +1,22 @@
 """Detectors of yolov5_transdeeplab on synthetic scans: mAP@0.5 and seconds a slice, in one table.
 
-    python benchmarks/detector.py --out DIR [--preset cpu|gpu|tiny] [--cases 60] [--detectors yolov5,fasterrcnn]
-                                  [KEY=VALUE ...]
+    python benchmarks/detector.py --out DIR [--preset cpu|gpu|tiny] [--cases 60] [--more N]
+                                  [--detectors yolov5,fasterrcnn] [KEY=VALUE ...]
 
-40 of 60 phantoms train, 8 validate, 12 test (seed 0), as in benchmarks/bundles.py; boxes are those of boxes.csv, one
-for each subtype of a slice. The same command goes on where it stopped. Writes DIR/detector.md. Scores on phantoms say
-nothing about patients.
+40 of 60 phantoms train, 8 validate, 12 and N more test (seed 0), as in benchmarks/bundles.py; boxes are those
+of boxes.csv, one for each subtype of a slice. The same command goes on where it stopped. Writes DIR/detector.md. Scores
+on phantoms say nothing about patients.
 """
 
-import argparse
-from datetime import UTC, datetime
 from pathlib import Path
 
-from bundles import phantoms
+from bundles import arguments, conditions, phantoms
 from ich_pipeline import commands
 from ich_pipeline.bundles import find_bundle
 from ich_pipeline.detection import read_boxes
 from ich_pipeline.detector import load_detector
 from ich_pipeline.manifest import read_manifest
 from ich_pipeline.report import write_text
-from ich_pipeline.run_report import machine, versions
 from ich_pipeline.settings import Settings
 
 SYSTEM = "yolov5_transdeeplab"
@@ -53,15 +50,10 @@ def scores(bundle: Path, manifest: Path, out: Path) -> dict[tuple[str, str], str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="settings of training, for every detector")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--preset", default="cpu")
-    parser.add_argument("--cases", type=int, default=60)
+    parser = arguments(__doc__, "detector")
     parser.add_argument("--detectors", default="yolov5,fasterrcnn")
     given = parser.parse_args()
-    manifest = phantoms(given.out / "phantoms", given.cases)
-    test = [record.case_id for record in read_manifest(manifest) if record.split == "test"]
+    manifest = phantoms(given.out / "phantoms", given.cases, given.more)
     held = {record.case_id: record.split for record in read_manifest(manifest)}
     n_boxes = [held[box.case_id] for box in read_boxes(manifest.with_name("boxes.csv"))]
     lines = []
@@ -71,13 +63,11 @@ def main() -> None:
         size = sum(each.numel() for each in load_detector(bundle, "cpu").parameters()) / 1e6
         cells = [found[boxes, kind] for boxes in ("visible", "all") for kind in ("mean", "any")]
         lines.append(f"| {name} | {' | '.join(cells)} | {found['', 'seconds']} | {size:.2f} |")
-    about = ", ".join(f"{name} {version}" for name, version in versions().items() if name in ("torch", "monai"))
     visible_mm = find_bundle(str(bundle)).config("evaluate")["visible_mm"]
     text = [
-        f"{given.cases} synthetic phantoms, {n_boxes.count('train')} boxes to train on, {len(test)} scans with "
-        f"{n_boxes.count('test')} boxes held out, preset {given.preset}, {machine()['cores']} cores, {about}, "
-        f"{datetime.now(UTC):%Y-%m-%d}. AP@0.5 with its 95 % bootstrap interval over patients; visible: both sides of "
-        f"the label's box at least {visible_mm:g} mm.",
+        f"{conditions(given, manifest)} Boxes: {n_boxes.count('train')} to train on, {n_boxes.count('test')} held "
+        "out. AP@0.5 with its 95 % bootstrap interval over patients; visible: both sides of the label's box at least "
+        f"{visible_mm:g} mm.",
         "",
         "| detector | visible, mean of subtypes | visible, any | all, mean of subtypes | all, any | s a slice | "
         "M parameters |",

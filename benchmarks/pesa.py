@@ -1,7 +1,7 @@
 """The ablations of `pesa_rcnn` on synthetic scans: the shapes of the paper's tables I to IV and figures 9 and 12.
 
     python benchmarks/pesa.py --out DIR [--preset cpu|gpu|tiny] [--seeds 0,1,2,3,4] [--arms main|all|NAME;NAME]
-                              [--cases 60] [KEY=VALUE ...]
+                              [--cases 60] [--more N] [KEY=VALUE ...]
 
 Data and split are those of benchmarks/bundles.py. Every arm is trained and evaluated with every seed; the same command
 goes on where it stopped. Writes DIR/pesa.md. `main` are Mask R-CNN, the same with CSD, and PESA R-CNN; `all` takes RS
@@ -9,10 +9,8 @@ R-CNN, the other ablations and other numbers of groups as well. Scores on phanto
 same means, nothing about patients.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import numpy as np
 import torch
 from torchvision.ops import box_area, box_iou
 
-from bundles import phantoms, trained
+from bundles import arguments, conditions, phantoms, trained
 from ich_pipeline import commands
 from ich_pipeline.bootstrap import REPLICATES, Resampler, ratio
 from ich_pipeline.bundles import Bundle
@@ -33,7 +31,6 @@ from ich_pipeline.overlap import SLICE_GROUP_NAMES, SLICE_HEIGHTS_PX, CaseAgreem
 from ich_pipeline.records import CaseRecord
 from ich_pipeline.report import interval, write_text
 from ich_pipeline.roi_groups import equal_count_heights, region_heights
-from ich_pipeline.run_report import machine, versions
 from ich_pipeline.settings import Settings
 from ich_pipeline.transforms import ModelGridd, ReadMaskd
 
@@ -235,31 +232,27 @@ def run_arm(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="settings of training, for every arm")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--preset", default="cpu")
+    parser = arguments(__doc__, "arm")
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--arms", default="main")
-    parser.add_argument("--cases", type=int, default=60)
     given = parser.parse_args()
     known = {"main": list(MAIN), "all": [*ARMS, *GROUPS]}
     arms = known.get(given.arms) or given.arms.split(";")
     unknown = [arm for arm in arms if arm not in known["all"]]
     if unknown:
         parser.error(f"no arm {unknown[0]!r}; known: {'; '.join(known['all'])}")
-    manifest, seeds = phantoms(given.out / "phantoms", given.cases), [int(seed) for seed in given.seeds.split(",")]
+    manifest, seeds = (
+        phantoms(given.out / "phantoms", given.cases, given.more),
+        [int(seed) for seed in given.seeds.split(",")],
+    )
     runs: dict[str, list[tuple[Sequence[CaseAgreement], list[dict[str, float]]]]] = {arm: [] for arm in arms}
     for seed, arm in product(seeds, arms):
         runs[arm].append(run_arm(arm, seed, manifest, given.preset, given.words, given.out))
-    about = ", ".join(f"{name} {version}" for name, version in versions().items() if name in ("torch", "monai"))
     low, high = SLICE_HEIGHTS_PX
     text = [
-        f"{given.cases} synthetic phantoms, {len(labelled_cases(manifest, 'test'))} held out, preset {given.preset}, "
-        f"seeds {given.seeds}{', ' * bool(given.words)}{' '.join(given.words)}; {machine()['cores']} cores, {about}, "
-        f"{datetime.now(UTC):%Y-%m-%d}. Scores are of axial slices with blood, all seeds together; brackets: 95 % "
-        f"bootstrap interval over patients. Small slices: tallest region below {low} px of a 512-pixel slice; large: "
-        f"above {high}.",
+        f"{conditions(given, manifest)} Seeds {given.seeds}. Scores are of axial slices with blood, all seeds "
+        "together; brackets: 95 % bootstrap interval over patients. Small slices: tallest region below "
+        f"{low} px of a 512-pixel slice; large: above {high}.",
         "",
         *tables(runs),
     ]

@@ -1,35 +1,32 @@
 """The nine networks of Li et al. (JBHI 2021) on one set of synthetic scans: big and small hemorrhages apart.
 
-    python benchmarks/symmetry.py --out DIR [--preset cpu|gpu|tiny] [--cases 60] [--seeds 0,1,2] [KEY=VALUE ...]
+    python benchmarks/symmetry.py --out DIR [--preset cpu|gpu|tiny] [--cases 60] [--more N] [--seeds 0,1,2]
+                                  [--variants a,b] [KEY=VALUE ...]
     python benchmarks/symmetry.py --out DIR --look-alikes [--seeds 0,1,2,3,4] ...
 
 The first trains every variant once a seed, on 40 of 60 phantoms with 8 to validate on, and writes DIR/symmetry.md:
-location accuracy, Dice, IoU and average precision on the 12 others, which of the paper's findings hold there, and
-precision-recall curves. Scans with --small-ml or more are big ones (the paper parts them by eye). The second takes
-heads with bleeds that only the other side tells from bright structures, and the same network with and without the
+location accuracy, Dice, IoU and average precision on the 12 others and N more, which of the paper's findings hold
+there, and precision-recall curves. Scans with --small-ml or more are big ones (the paper parts them by eye). The second
+takes heads with bleeds that only the other side tells from bright structures, and the same network with and without the
 mirror image. The same command goes on where it stopped. Scores on phantoms say nothing about patients.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
-from bundles import SHARES, phantoms, trained
+from bundles import arguments, conditions, phantoms, trained
 from ich_pipeline import commands
 from ich_pipeline.bootstrap import REPLICATES, Estimate, Resampler, ratio
 from ich_pipeline.evaluation import Evaluation, compare, labelled_cases
-from ich_pipeline.manifest import read_manifest, split_by_patient, write_manifest
 from ich_pipeline.overlap import CaseAgreement
-from ich_pipeline.phantom import write_dataset
+from ich_pipeline.phantom import make_case
 from ich_pipeline.phantom.look_alikes import look_alike_case
 from ich_pipeline.pictures import precision_recall_plot, write_png
 from ich_pipeline.records import CaseRecord
 from ich_pipeline.report import interval, write_text
-from ich_pipeline.run_report import machine, versions
 from ich_pipeline.settings import Settings
 
 BUNDLE = "symmetry_gan_unet"
@@ -127,15 +124,6 @@ def evaluated(
     return found
 
 
-def look_alikes(folder: Path, cases: int) -> Path:
-    """The manifest of the set of look-alikes; made once."""
-    manifest = folder / "manifest.csv"
-    if not manifest.is_file():
-        write_dataset(folder, cases, 0, make=look_alike_case)
-        write_manifest(manifest, split_by_patient(read_manifest(manifest), SHARES, seed=0))
-    return manifest
-
-
 def by_size(cases: Sequence[CaseRecord], small_ml: float) -> dict[str, list[CaseRecord]]:
     """Bleeding cases by the volume in the manifest; clean ones are in neither group."""
     bleeding = [(case, float(case.extra["volume_ml"])) for case in cases if case.extra["subtype"] != "none"]
@@ -174,11 +162,7 @@ def findings(found: dict[str, dict[str, Scores]], patient_of: dict[str, str]) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="settings of training, for every variant")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--preset", default="cpu")
-    parser.add_argument("--cases", type=int, default=60)
+    parser = arguments(__doc__, "variant")
     parser.add_argument("--seeds", help="default 0,1,2; of look-alikes 0,1,2,3,4")
     parser.add_argument("--variants", help="default all nine; of look-alikes unet6,unet6_flip")
     parser.add_argument("--small-ml", type=float, default=10.0)
@@ -188,7 +172,7 @@ def main() -> None:
     variants = (given.variants or ("unet6,unet6_flip" if alike else ",".join(ROWS))).split(",")
     seeds = [int(seed) for seed in (given.seeds or ("0,1,2,3,4" if alike else "0,1,2")).split(",")]
     out = given.out / "look_alikes" if alike else given.out
-    manifest = (look_alikes if alike else phantoms)(out / "phantoms", given.cases)
+    manifest = phantoms(out / "phantoms", given.cases, given.more, look_alike_case if alike else make_case)
     cases = labelled_cases(manifest, "test")
     patient_of = {case.case_id: case.patient_id for case in cases}
     groups = by_size(cases, given.small_ml)
@@ -199,11 +183,9 @@ def main() -> None:
     for variant in variants:
         runs = [evaluated(variant, seed, manifest, given.preset, given.words, out, groups) for seed in seeds]
         found[variant] = {group: Scores(tuple(run[group] for run in runs)) for group in groups}
-    about = ", ".join(f"{name} {version}" for name, version in versions().items() if name in ("torch", "monai"))
     held = ", ".join(f"{len(each)} {group}" for group, each in groups.items())
     text = [
-        f"{given.cases} synthetic {'look-alikes' if alike else 'phantoms'}, held out {held}, seeds {seeds}, preset "
-        f"{given.preset}, {machine()['cores']} cores, {about}, {datetime.now(UTC):%Y-%m-%d}. Big: from "
+        f"{conditions(given, manifest)} Held out with blood: {held}; seeds {', '.join(map(str, seeds))}. Big: from "
         f"{given.small_ml:g} mL. Means over seeds and bleeding scans; brackets: 95 % bootstrap interval over patients. "
         "Average precision: voxels of a group pooled, range over seeds in brackets.",
         "",

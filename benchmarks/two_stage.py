@@ -1,29 +1,27 @@
 """Tables of the shape of Rajapakse et al. (IEEE Access 2024), 1 and 2, on synthetic scans, by one command.
 
     python benchmarks/two_stage.py --out DIR [--detector NAME=FOLDER ...] [--segmenters a,b] [--preset cpu|gpu|tiny]
-        [--cases 60] [--single-epochs N] [KEY=VALUE ...]
+        [--cases 60] [--more N] [--single-epochs N] [KEY=VALUE ...]
 
-40 of 60 phantoms train, 8 validate, 12 test (seed 0). Each segmenter is trained on crops of the label's boxes and, for
-the single stage, on whole slices (in the paper for twice the epochs: --single-epochs); `em` is not trained. All are
-scored with boxes of the label, of every detector that is named (folders of trained ones, such as
+40 of 60 phantoms train, 8 validate, 12 and N more test (seed 0). Each segmenter is trained on crops of the label's
+boxes and, for the single stage, on whole slices (in the paper for twice the epochs: --single-epochs); `em` is not
+trained. All are scored with boxes of the label, of every detector that is named (folders of trained ones, such as
 yolov5=runs/yolo/bundle), and on whole slices. The same command goes on where it stopped. Writes DIR/two_stage.md and,
 beside what `evaluate` writes, says whether boxes of the label are above predicted ones above a single stage.
 """
 
 import argparse
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
-from bundles import phantoms, trained
+from bundles import arguments, conditions, phantoms, trained
 from ich_pipeline import commands
 from ich_pipeline.comparison import paired_differences, write_comparison
 from ich_pipeline.evaluation import compare, labelled_cases
 from ich_pipeline.paper_tables import Method
 from ich_pipeline.report import interval, write_text
-from ich_pipeline.run_report import machine
 from ich_pipeline.settings import Settings
 
 NAME = "yolov5_transdeeplab"
@@ -89,21 +87,16 @@ def verdicts(found: list[tuple[str, str, Method]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="settings of training")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = arguments(__doc__, "segmenter")
     parser.add_argument("--detector", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--segmenters", default="transdeeplab,swinunet,em")
-    parser.add_argument("--preset", default="cpu")
-    parser.add_argument("--cases", type=int, default=60)
     parser.add_argument("--single-epochs", type=int, default=0)
     given = parser.parse_args()
-    manifest = phantoms(given.out / "phantoms", given.cases)
+    manifest = phantoms(given.out / "phantoms", given.cases, given.more)
     found = list(rows(given, manifest))
     write_comparison([each for _, _, each in found], given.out)
     text = [
-        f"{given.cases} synthetic phantoms, preset {given.preset}, {machine()['cores']} cores, "
-        f"{datetime.now(UTC):%Y-%m-%d}. Bleeding scans; brackets: 95 % bootstrap interval. Published: means over "
+        f"{conditions(given, manifest)} Bleeding scans; brackets: 95 % bootstrap interval. Published: means over "
         "slices of patients.",
         "" if given.detector else "\nNo detector was named: no row with predicted boxes.",
         "",
