@@ -1,6 +1,7 @@
 """What a head CT costs: seconds by stage, against nnU-Net's own predictor, fast against full, memory, engines.
 
     python benchmarks/run.py [study nnunet agreement memory engines] [--bundle DIR] [--demo DIR] [--out FOLDER]
+    python benchmarks/run.py bundles --bundles DIR DIR ...     the study by any trained bundles, with engine=torch
 
 Writes OUT/speed.json and OUT/speed.md. Only ratios within one run mean something on another machine. A network of the
 published size has not been trained here: its weights are random, it does all its work, and then stage two's regions
@@ -187,9 +188,8 @@ def run_case(study: Study, segmenter: Segmenter) -> tuple[Cost, Results]:
     return spent, json.loads((study.folder / "run.json").read_text())["cases"][0]["seconds"]
 
 
-def measure_study(study: Study, size: str, engine: str, repeats: int) -> Results:
+def measure_study(study: Study, segmenter: Segmenter, repeats: int) -> Results:
     """Seconds from file to mask, row and picture; the first call, which converts and compiles, is told apart."""
-    segmenter = segmenter_for(study, size, engine=engine)
     first, _ = run_case(study, segmenter)
     network = median(network_cpu(study, segmenter) for _ in range(repeats))
     runs = [run_case(study, segmenter) for _ in range(repeats)]
@@ -203,7 +203,6 @@ def measure_study(study: Study, size: str, engine: str, repeats: int) -> Results
         "outside_share_cpu": (cpu - network) / network,
         "first": first.wall,
         "in_use": segmenter.engine,
-        "trained": bool(study.trained and SIZES[size]),
     }
 
 
@@ -215,9 +214,22 @@ def network_cpu(study: Study, segmenter: Segmenter) -> float:
 
 
 def part_study(study: Study) -> Results:
-    return {
-        size: {engine: measure_study(study, size, engine, study.repeats) for engine in ENGINES} for size in study.sizes
-    }
+    results: Results = {}
+    for size in study.sizes:
+        name = size if study.trained and SIZES[size] else f"{size}, untrained"
+        made = {engine: segmenter_for(study, size, engine=engine) for engine in ENGINES}
+        results[name] = {engine: measure_study(study, each, study.repeats) for engine, each in made.items()}
+    return results
+
+
+def part_bundles(study: Study, folders: list[Path]) -> Results:
+    """The study by trained bundles, whatever their networks."""
+    results: Results = {}
+    for folder in folders:
+        bundle = Bundle(folder.resolve())
+        config = bundles.resolve(bundle, ["inference"], {"device": "cpu", "engine": "torch"}, None)["inference"]
+        results[bundle.name] = {"torch": measure_study(study, Segmenter(bundle, config), study.repeats)}
+    return results
 
 
 def nnunet_predictor(features: list[int]) -> Any:
@@ -435,18 +447,19 @@ def markdown(results: Results) -> str:
     lines = [f"Measured {results['date']} on {results['machine']['cores']} cores, {results['processor']};"]
     lines += [", ".join(f"{name} {version}" for name, version in results["versions"].items()) + ".", ""]
     lines += [f"Command: `{results['command']}`. Load average at the start {results['load']}.", ""]
-    if "study" in results:
+    for part in ("study", "bundles"):
+        if part not in results:
+            continue
         names = ("read", "preprocess", "network", "restore", "write", "measure", "picture")
         columns = ("seconds", "processor seconds", "first", *names, "outside / network", "of processor")
         lines += [f"| size | engine | {' | '.join(columns)} |", "|---|---|" + "--:|" * len(columns)]
-        for size, engines in results["study"].items():
+        for model, engines in results[part].items():
             for engine, row in engines.items():
                 stages = " | ".join(f"{row['stages'][name]:.3f}" for name in names)
                 used = f"{engine} {row['in_use'].get('precision', '')}"
-                note = size if row["trained"] else f"{size}, untrained"
                 cells = [span(row["wall"]), span(row["cpu"]), f"{row['first']:.1f}", stages]
                 cells += [f"{row['outside_share']:.2f}", f"{row['outside_share_cpu']:.2f}"]
-                lines += [f"| {note} | {used} | {' | '.join(cells)} |"]
+                lines += [f"| {model} | {used} | {' | '.join(cells)} |"]
         lines += [""]
     if "nnunet" in results:
         lines += [
@@ -503,7 +516,8 @@ def processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("study", "nnunet", "agreement", "memory", "engines")
-    parser.add_argument("parts", nargs="*", choices=(*parts, "one", []), help="default: all that can be run")
+    parser.add_argument("parts", nargs="*", choices=(*parts, "bundles", "one", []), help="default: all that can be run")
+    parser.add_argument("--bundles", type=Path, nargs="+", default=[], help="trained bundles, for bundles")
     parser.add_argument("--bundle", type=Path, help="trained bundle of the preset's size")
     parser.add_argument("--demo", type=Path, help="folder of `ich-pipeline demo`, for agreement; gives --bundle too")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -530,6 +544,7 @@ def main() -> None:
         study = make_study(Path(folder), given.repeats, trained, tuple(given.sizes))
         work = {
             "study": lambda: part_study(study),
+            "bundles": lambda: part_bundles(study, given.bundles),
             "nnunet": lambda: part_nnunet(study),
             "agreement": lambda: part_agreement(given.demo),
             "memory": lambda: part_memory(study),

@@ -16,18 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from matplotlib.figure import Figure
+from monai.data import MetaTensor
 
 from bundles import arguments, conditions, phantoms, trained
 from ich_pipeline import commands
 from ich_pipeline.bootstrap import REPLICATES, Estimate, Resampler, ratio
+from ich_pipeline.detector import SliceView
 from ich_pipeline.evaluation import Evaluation, compare, labelled_cases
 from ich_pipeline.overlap import CaseAgreement
 from ich_pipeline.phantom import make_case
 from ich_pipeline.phantom.look_alikes import look_alike_case
 from ich_pipeline.pictures import precision_recall_plot, write_png
+from ich_pipeline.reading import read_mask, read_scan
 from ich_pipeline.records import CaseRecord
 from ich_pipeline.report import interval, write_text
 from ich_pipeline.settings import Settings
+from ich_pipeline.symmetry import MirrorChanneld
 
 BUNDLE = "symmetry_gan_unet"
 ROWS = {
@@ -41,15 +47,16 @@ ROWS = {
     "unet6_inception": "UNet6Incep",
     "unet6_vgg": "UNet6Vgg",
 }
-# Dice of the first less that of the second in a group, and what the paper says of it (section III-C).
+# Dice of the first less that of the second in a group, and what the paper says of it (section III-C): that it helps,
+# or that it does not.
 FINDINGS = (
-    ("dilation helps on big hemorrhages", "big", "unet6_dilated", "unet6"),
-    ("dilation does not help on small ones", "small", "unet6_dilated", "unet6"),
-    ("the discriminator helps on small ones", "small", "unet6_gan", "unet6"),
-    ("the discriminator helps on small ones", "small", "unet10_gan", "unet10"),
-    ("the mirror image does not help Dice on big ones", "big", "unet6_flip", "unet6"),
-    ("the mirror image does not help Dice on small ones", "small", "unet6_flip", "unet6"),
-    ("a short network is as good on big ones", "big", "unet6", "unet10"),
+    ("dilation helps on big hemorrhages", "big", "unet6_dilated", "unet6", True),
+    ("dilation does not help on small ones", "small", "unet6_dilated", "unet6", False),
+    ("the discriminator helps on small ones", "small", "unet6_gan", "unet6", True),
+    ("the discriminator helps on small ones", "small", "unet10_gan", "unet10", True),
+    ("the mirror image does not help Dice on big ones", "big", "unet6_flip", "unet6", False),
+    ("the mirror image does not help Dice on small ones", "small", "unet6_flip", "unet6", False),
+    ("a deeper network does not help on big ones", "big", "unet10", "unet6", False),
 )
 
 
@@ -94,10 +101,22 @@ def estimate(values: dict[str, float], patient_of: dict[str, str]) -> Estimate:
     return patients.estimate(ratio(numbers, np.ones(len(numbers))))
 
 
-def difference(one: Scores, other: Scores, patient_of: dict[str, str]) -> Estimate:
-    """Paired, over the cases that both scored."""
-    a, b = one.per_case("dice"), other.per_case("dice")
-    return estimate({case_id: a[case_id] - b[case_id] for case_id in a if case_id in b}, patient_of)
+def gain(one: Scores, other: Scores, patient_of: dict[str, str]) -> tuple[Estimate, str]:
+    """Dice of one less that of the other, paired over cases; and of each seed, which an interval over patients omits."""
+
+    def of(a: dict[str, float], b: dict[str, float]) -> Estimate:
+        return estimate({case_id: a[case_id] - b[case_id] for case_id in a if case_id in b}, patient_of)
+
+    pairs = [(Scores((a,)), Scores((b,))) for a, b in zip(one.seeds, other.seeds, strict=True)]
+    by_seed = [of(a.per_case("dice"), b.per_case("dice")).value for a, b in pairs]
+    return of(one.per_case("dice"), other.per_case("dice")), ", ".join(f"{value:+.3f}" for value in by_seed)
+
+
+def verdict(found: Estimate, helps: bool) -> str:
+    """What an interval says of a claim that something helps, or does not."""
+    if found.low is None or found.high is None or found.low <= 0 <= found.high:
+        return "neither shown nor refuted"
+    return "holds" if (found.low > 0) == helps else "does not hold"
 
 
 def evaluated(
@@ -153,12 +172,54 @@ def table(found: dict[str, dict[str, Scores]], groups: Sequence[str], patient_of
 
 def findings(found: dict[str, dict[str, Scores]], patient_of: dict[str, str]) -> list[str]:
     """What the paper found, and the difference of Dice here."""
-    lines = ["| the paper says | Dice of | less that of | on | difference |", "|---|---|---|---|--:|"]
-    for text, group, one, other in FINDINGS:
+    lines = [
+        "| the paper says | Dice of | less that of | on | difference | by seed | here |",
+        "|---|---|---|---|--:|--:|---|",
+    ]
+    for text, group, one, other, helps in FINDINGS:
         if group in found.get(one, {}) and group in found.get(other, {}):
-            here = interval(difference(found[one][group], found[other][group], patient_of))
-            lines.append(f"| {text} | {ROWS[one]} | {ROWS[other]} | {group} | {here} |")
+            here, by_seed = gain(found[one][group], found[other][group], patient_of)
+            cells = [text, ROWS[one], ROWS[other], group, interval(here), by_seed, verdict(here, helps)]
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def curves(found: dict[str, dict[str, Scores]], groups: Sequence[str]) -> Figure:
+    """Precision-recall curves of every variant's first seed, a panel for each group (figures 10 and 11)."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        for variant, scores in found.items():
+            curve = scores[group].seeds[0].curve
+            if curve:
+                axes.plot(curve.recall, curve.precision, linewidth=1.2, label=ROWS[variant])
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall of voxels", ylabel="precision", title=group)
+        axes.set_aspect("equal")
+    figure.axes[-1].legend(frameon=False, loc="lower left", fontsize="small")
+    return figure
+
+
+def side_by_side(case: CaseRecord, variants: Sequence[str], seed: int, out: Path) -> Figure:
+    """The slice of a case with most blood, its mirror image, and what two variants make of it; the label is dashed."""
+    scan, (label, _) = read_scan(case.image), read_mask(case.label)
+    view = SliceView.of(scan.grid)
+    image = MetaTensor(torch.as_tensor(np.array(scan.image_hu), dtype=torch.float32)[None], affine=scan.grid.affine)
+    mirrored = MirrorChanneld("image")({"image": image})["image"][1].numpy()
+    truth = view.slices(label.values > 0)
+    k = int(truth.sum(axis=(1, 2)).argmax())
+    masks = [
+        read_mask(out / "evaluation" / f"{name}_{seed}" / "masks" / f"{case.case_id}.nii.gz")[0] for name in variants
+    ]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    titles = ["scan", "its mirror image", *(ROWS[name] for name in variants)]
+    for n, (axes, title) in enumerate(zip(figure.subplots(1, len(titles)), titles, strict=True)):
+        axes.imshow(view.slices(mirrored if n == 1 else scan.image_hu)[k], cmap="gray", vmin=0, vmax=80)
+        if n != 1:
+            axes.contour(truth[k], [0.5], colors="#ffd24a", linewidths=1, linestyles="dashed")
+        if n > 1 and masks[n - 2].values.any():
+            axes.contour(view.slices(masks[n - 2].values > 0)[k], [0.5], colors="#ff4040", linewidths=1)
+        axes.set_title(title)
+        axes.set_axis_off()
+    return figure
 
 
 def main() -> None:
@@ -194,10 +255,16 @@ def main() -> None:
     ]
     if alike and len(variants) == 2:
         without, mirrored = variants
-        gain = interval(difference(found[mirrored]["all"], found[without]["all"], patient_of))
-        text += [f"Dice of {ROWS[mirrored]} less that of {ROWS[without]}: {gain}."]
+        here, by_seed = gain(found[mirrored]["all"], found[without]["all"], patient_of)
+        text += [f"Dice of {ROWS[mirrored]} less that of {ROWS[without]}: {interval(here)}; by seed {by_seed}."]
+        # The case in the middle of the gains, so that none was picked.
+        one, other = (found[name]["all"].per_case("dice") for name in (mirrored, without))
+        middle = sorted(one, key=lambda case_id: one[case_id] - other[case_id])[len(one) // 2]
+        [case] = [case for case in cases if case.case_id == middle]
+        write_png(out / "side_by_side.png", side_by_side(case, variants, seeds[0], out))
     elif not alike:
         text += findings(found, patient_of)
+    write_png(out / "curves.png", curves(found, list(groups)))
     write_text(out / "symmetry.md", "\n".join(text) + "\n")
     print("\n".join(text))
 

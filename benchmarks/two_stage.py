@@ -11,20 +11,30 @@ beside what `evaluate` writes, says whether boxes of the label are above predict
 """
 
 import argparse
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import numpy as np
+import torch
 
 from bundles import arguments, conditions, phantoms, trained
 from ich_pipeline import commands
+from ich_pipeline.bundles import find_bundle
 from ich_pipeline.comparison import paired_differences, write_comparison
+from ich_pipeline.detector import SliceView, detect_in_slices, load_detector
+from ich_pipeline.engines import autocast
 from ich_pipeline.evaluation import compare, labelled_cases
+from ich_pipeline.inference import Segmenter
+from ich_pipeline.networks.transdeeplab import foreground
 from ich_pipeline.paper_tables import Method
+from ich_pipeline.reading import read_scan
 from ich_pipeline.report import interval, write_text
 from ich_pipeline.settings import Settings
 
 NAME = "yolov5_transdeeplab"
+SLICES, REPEATS = 24, 5  # of the timing
 LABEL, SINGLE = "label boxes", "single stage"
 # Dice, IoU. Tables 1 and 2; EM's single stage has no IoU there.
 PUBLISHED = {
@@ -66,6 +76,37 @@ def rows(given: argparse.Namespace, manifest: Path) -> Iterator[tuple[str, str, 
                 words.append(f"detector={Path(detectors[stage]).resolve()}")
             out = given.out / "evaluation" / f"{stage.replace(' ', '_')}_{segmenter}"
             yield stage, segmenter, method(stage, segmenter, bundle, words, manifest, out)
+
+
+def speeds(given: argparse.Namespace, manifest: Path) -> list[str]:
+    """Seconds of a slice in either stage, in turn, so that whatever else the machine does slows both."""
+    case = next(case for case in labelled_cases(manifest, "test") if case.extra["subtype"] != "none")
+    scan = read_scan(case.image)
+    slices_hu = SliceView.of(scan.grid).tensor(scan.image_hu)[:SLICES]
+    lines = []
+    for segmenter in (name for name in given.segmenters.split(",") if name != "em"):
+        bundle = find_bundle(str(given.out / f"{segmenter}_crops" / "bundle"))
+        config = bundle.config("inference")
+        network = Segmenter(bundle, config | {"boxes": "whole"}).network
+        crops = torch.rand(len(slices_hu), 1, *config["crop_size"])
+        for name, folder in (pair.split("=", 1) for pair in given.detector):
+            detector = load_detector(folder, "cpu")
+            spent: list[tuple[float, float]] = []
+            for _ in range(REPEATS + 1):
+                start = time.perf_counter()
+                detect_in_slices(detector, slices_hu, batch_size=8, amp="auto")
+                middle = time.perf_counter()
+                with torch.inference_mode(), autocast(torch.device("cpu"), "auto"):
+                    for part in crops.split(8):
+                        foreground(network, part)
+                spent.append((middle - start, time.perf_counter() - middle))
+            first, second = (median(each[n] for each in spent[1:]) / len(slices_hu) for n in (0, 1))
+            ratios = sorted(b / a for a, b in spent[1:])
+            lines.append(
+                f"- {name}, {segmenter}: {1000 * first:.1f} and {1000 * second:.1f} ms a slice (medians of {REPEATS}); "
+                f"the detector is {median(ratios):.1f} times as fast ({ratios[0]:.1f} to {ratios[-1]:.1f})"
+            )
+    return lines
 
 
 def verdicts(found: list[tuple[str, str, Method]]) -> list[str]:
@@ -111,7 +152,7 @@ def main() -> None:
             f"| {stage} | {segmenter} | {' | '.join(cells)} | {scores['dice'].missed} of {scores['dice'].n} | "
             f"{np.mean(seconds) if seconds else float('nan'):.2f} | {PUBLISHED.get((stage, segmenter), '-')} |"
         )
-    text += ["", *verdicts(found)]
+    text += ["", *verdicts(found), "", *speeds(given, manifest)]
     write_text(given.out / "two_stage.md", "\n".join(text) + "\n")
     print("\n".join(text))
 

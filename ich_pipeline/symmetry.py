@@ -227,7 +227,7 @@ def _read(image: torch.Tensor, to_index: Affine, size: Sequence[int]) -> tuple[t
     transform.SetMatrix(matrix[:, :3].ravel().tolist())
     transform.SetTranslation(matrix[:, 3].tolist())
     resample = sitk.ResampleImageFilter()
-    resample.SetNumberOfThreads(1)
+    resample.SetNumberOfThreads(torch.get_num_threads())  # each voxel by itself: the result is the same
     resample.SetInterpolator(sitk.sitkLinear)
     resample.SetTransform(transform)
     resample.SetSize([int(n) for n in reversed(size)])

@@ -124,7 +124,7 @@ def yolo_loss(
         raw = head.float()
         found = assign(targets, anchors_px[level], (raw.shape[2], raw.shape[3]), stride)
         at = (found.image, found.anchor, found.row, found.column)
-        wanted = torch.zeros_like(raw[..., 4])
+        wanted = raw.new_zeros(raw.shape[:-1])
         if len(found.image):
             held = decode(raw, anchors_px[level], stride)[at]
             away = complete_box_iou_loss(held, found.boxes.float(), reduction="none")

