@@ -102,7 +102,7 @@ def estimate(values: dict[str, float], patient_of: dict[str, str]) -> Estimate:
 
 
 def gain(one: Scores, other: Scores, patient_of: dict[str, str]) -> tuple[Estimate, str]:
-    """Dice of one less that of the other, paired over cases; and of each seed, which an interval over patients omits."""
+    """Dice of one less that of the other, paired over cases; and of each seed, of which the interval knows nothing."""
 
     def of(a: dict[str, float], b: dict[str, float]) -> Estimate:
         return estimate({case_id: a[case_id] - b[case_id] for case_id in a if case_id in b}, patient_of)
