@@ -1,5 +1,6 @@
 """U-Net whose skip connections are center-surround differences (Chang et al., JBHI 2023, section III-B)."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -8,6 +9,7 @@ from monai.networks.blocks import Convolution
 from torch import nn
 from torch.nn import functional as F
 
+PRIOR = 0.05  # what an untrained network holds for the chance that a pixel is hemorrhage or beside it
 GROUPS = 4  # of group normalisation; the paper names none, and its batch is one slice
 
 
@@ -90,6 +92,8 @@ class CSDUNet(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose2d(deep, high, 2, stride=2) for high, deep in pairs)
         self.decoder = nn.ModuleList(_two_convolutions(2 * high, high) for high, _ in pairs)
         self.head = nn.Conv2d(filters[0], 1, 1)
+        # From one half, hundreds of steps only taught it that hemorrhage is rare.
+        nn.init.constant_(self.head.get_parameter("bias"), math.log(PRIOR / (1 - PRIOR)))
         self.multiple = 2 ** (len(filters) - 1)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
