@@ -210,6 +210,13 @@ def _boundary(mask: Bools) -> NDArray[np.intp]:
     return np.argwhere(mask & ~binary_erosion(mask))
 
 
+def count_lesions(pred: NativeMask, label: NativeMask) -> LesionCounts:
+    """Which 26-connected lesions two masks on the same native grid share."""
+    union = _union_box(pred.values, label.values)
+    first = union[label.grid.slice_axis].start
+    return _count_lesions(pred.values[union] != 0, label.values[union] != 0, label.grid, first)
+
+
 def _count_lesions(pred: Bools, label: Bools, grid: Grid, first_slice: int) -> LesionCounts:
     """Which 26-connected lesions the two masks share."""
     import cc3d
