@@ -121,6 +121,15 @@ def test_a_map_without_contrast_has_no_center_surround_difference() -> None:
     assert skips([fine, torch.full((1, 2, 4, 4), 3.0)])[0].nonzero().tolist() == [[0, 0, 2, 2]]
 
 
+def test_an_untrained_csd_unet_holds_hemorrhage_for_rare() -> None:
+    torch.manual_seed(0)
+    network = CSDUNet([8, 16, 32, 64]).eval()
+    with torch.inference_mode():
+        held = torch.sigmoid(network(torch.randn(4, 1, 64, 64))).mean()
+    # About a pixel in twenty; a head that starts at zero says one in two.
+    assert 0.01 < held < 0.2
+
+
 def test_csd_unet_takes_any_size_and_all_of_it_learns() -> None:
     network = CSDUNet([4, 8, 8, 8], dropout=0.1).train()
     logits = network(torch.randn(2, 1, 37, 50))
