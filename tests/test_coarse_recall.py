@@ -7,7 +7,7 @@ import pytest
 import torch
 from heads import OracleCascade, oracle_bundle, write_heads
 
-from ich_pipeline import commands
+from ich_pipeline import commands, overlap
 from ich_pipeline.cascade import CascadeInferer
 from ich_pipeline.commands import Settings
 from ich_pipeline.engines import EngineInferer
@@ -38,6 +38,17 @@ def evaluated(manifest, tmp_path_factory) -> Path:
     words = [f"bundle={bundle}", f"data={manifest}", "device=cpu", f"out={folder / 'out'}", "tracking=false"]
     assert commands.evaluate(Settings.of([*words, "pictures=false"])) == 0
     return folder / "out"
+
+
+def test_surfaces_are_measured_of_masks_alone(manifest, evaluated, monkeypatch):
+    """Of a region as large as the head that took minutes a case, and nothing reads it."""
+    measured = []
+    surface = overlap._surface_scores
+    monkeypatch.setattr(overlap, "_surface_scores", lambda *given: measured.append(given) or surface(*given))
+    cases = labelled_cases(manifest, "test")
+    found = compare(cases, evaluated / "volumes.csv", regions=evaluated / "regions")
+    assert found.coarse_recall
+    assert len(measured) == len(cases)
 
 
 def test_evaluate_reports_coarse_recall_by_lesion_size(manifest, evaluated):
