@@ -241,10 +241,8 @@ def main() -> None:
     unknown = [arm for arm in arms if arm not in known["all"]]
     if unknown:
         parser.error(f"no arm {unknown[0]!r}; known: {'; '.join(known['all'])}")
-    manifest, seeds = (
-        phantoms(given.out / "phantoms", given.cases, given.more),
-        [int(seed) for seed in given.seeds.split(",")],
-    )
+    manifest = phantoms(given.out / "phantoms", given.cases, given.more)
+    seeds = [int(seed) for seed in given.seeds.split(",")]
     runs: dict[str, list[tuple[Sequence[CaseAgreement], list[dict[str, float]]]]] = {arm: [] for arm in arms}
     for seed, arm in product(seeds, arms):
         runs[arm].append(run_arm(arm, seed, manifest, given.preset, given.words, given.out))

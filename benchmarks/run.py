@@ -228,7 +228,10 @@ def part_bundles(study: Study, folders: list[Path]) -> Results:
     for folder in folders:
         bundle = Bundle(folder.resolve())
         config = bundles.resolve(bundle, ["inference"], {"device": "cpu", "engine": "torch"}, None)["inference"]
-        results[bundle.name] = {"torch": measure_study(study, Segmenter(bundle, config), study.repeats)}
+        # Trainings of one architecture have one name: the folder of the run tells them apart.
+        results[f"{bundle.name}, {bundle.path.parent.name}"] = {
+            "torch": measure_study(study, Segmenter(bundle, config), study.repeats)
+        }
     return results
 
 
@@ -531,6 +534,8 @@ def main() -> None:
         part_one(Path(given.folder), trained, given.size, given.engine)
         return
     chosen = given.parts or [part for part in parts if part != "agreement" or given.demo]
+    if "bundles" in chosen and not given.bundles:
+        parser.error("bundles needs --bundles")
     if "agreement" in chosen and not given.demo:
         parser.error("agreement needs --demo")
     results: Results = {

@@ -230,3 +230,14 @@ def test_predictions_come_back_as_exactly_as_without_the_mirror_channel() -> Non
         masks.append(back.as_tensor())
     assert masks[0].any()
     torch.testing.assert_close(masks[1], masks[0], rtol=0, atol=0)
+
+
+def test_mirror_image_does_not_depend_on_the_number_of_threads(one_thread: None) -> None:
+    image, affine = Head(lean=5, turn=8).scan(TILT, bleed_mm=12.0)
+
+    def mirrored() -> torch.Tensor:
+        return MirrorChanneld("image")({"image": MetaTensor(image[None], affine=affine)})["image"].as_tensor()
+
+    alone = mirrored()
+    torch.set_num_threads(2)
+    assert torch.equal(mirrored(), alone)
