@@ -20,6 +20,7 @@ from monai.bundle import ConfigParser
 from ich_pipeline import bundles, commands
 from ich_pipeline.bootstrap import REPLICATES, Resampler, ratio
 from ich_pipeline.bundles import Bundle
+from ich_pipeline.errors import ConfigError
 from ich_pipeline.evaluation import Evaluation, compare, labelled_cases
 from ich_pipeline.manifest import read_manifest, split_by_patient, write_manifest
 from ich_pipeline.overlap import compare_masks
@@ -46,7 +47,9 @@ def arguments(description: str | None, per: str) -> argparse.ArgumentParser:
     return parser
 
 
-def phantoms(folder: Path, cases: int, more: int = 0, make: Callable[..., PhantomCase] = make_case) -> Path:
+def phantoms(
+    folder: Path, cases: int, more: int = 0, make: Callable[..., PhantomCase] = make_case, learn: int = 0
+) -> Path:
     """The manifest of the set; made once.
 
     Args:
@@ -54,13 +57,21 @@ def phantoms(folder: Path, cases: int, more: int = 0, make: Callable[..., Phanto
         more: so many further phantoms of the same kind, all in the split `test`: the intervals become narrower, and
             nothing else changes.
         make: what makes a phantom.
+        learn: and so many after those, all in the split `train`.
+
+    Raises:
+        ConfigError: the set is there, and made with other numbers.
     """
     manifest = folder / "manifest.csv"
+    total = cases + more + learn
     if not manifest.is_file():
-        write_dataset(folder, cases + more, 0, make=make)
+        write_dataset(folder, total, 0, make=make)
         records = read_manifest(manifest)
-        further = [replace(record, split="test") for record in records[cases:]]
+        further = [replace(r, split="test" if n < more else "train") for n, r in enumerate(records[cases:])]
         write_manifest(manifest, [*split_by_patient(records[:cases], SHARES, seed=0), *further])
+    found = len(read_manifest(manifest))
+    if found != total:
+        raise ConfigError(f"{folder} holds {found} phantoms, expected {total}. Give another --out, or these numbers.")
     return manifest
 
 

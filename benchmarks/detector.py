@@ -1,10 +1,11 @@
 """Detectors of yolov5_transdeeplab on synthetic scans: mAP@0.5 and seconds a slice, in one table.
 
-    python benchmarks/detector.py --out DIR [--preset cpu|gpu|tiny] [--cases 60] [--more N]
+    python benchmarks/detector.py --out DIR [--preset cpu|gpu|tiny] [--cases 60] [--more N] [--learn N]
                                   [--detectors yolov5,fasterrcnn] [KEY=VALUE ...]
 
-40 of 60 phantoms train, 8 validate, 12 and N more test (seed 0), as in benchmarks/bundles.py; boxes are those
-of boxes.csv, one for each subtype of a slice. The same command goes on where it stopped. Writes DIR/detector.md. Scores
+40 of 60 phantoms train, 8 validate, 12 and N more test (seed 0), as in benchmarks/bundles.py; --learn makes further
+ones that train only the detector, which has data of its own. Boxes are those of boxes.csv, one for each subtype of a
+slice. The same command goes on where it stopped. Writes DIR/detector.md. Scores
 on phantoms say nothing about patients.
 """
 
@@ -52,8 +53,9 @@ def scores(bundle: Path, manifest: Path, out: Path) -> dict[tuple[str, str], str
 def main() -> None:
     parser = arguments(__doc__, "detector")
     parser.add_argument("--detectors", default="yolov5,fasterrcnn")
+    parser.add_argument("--learn", type=int, default=0, help="further phantoms to train on")
     given = parser.parse_args()
-    manifest = phantoms(given.out / "phantoms", given.cases, given.more)
+    manifest = phantoms(given.out / "phantoms", given.cases, given.more, learn=given.learn)
     held = {record.case_id: record.split for record in read_manifest(manifest)}
     n_boxes = [held[box.case_id] for box in read_boxes(manifest.with_name("boxes.csv"))]
     lines = []

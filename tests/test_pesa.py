@@ -314,6 +314,18 @@ def test_rois_are_sampled_one_to_two() -> None:
     targets = region_targets(F.pad(torch.ones(1, 1, 20, 20), (10, 34, 10, 34)))
     _, _, classes, _ = heads.select_training_samples([torch.cat([near, far])], targets)
     assert torch.bincount(classes[0]).tolist() == [67, 33]
+    # The target itself is one of the positives.
+    _, _, classes, _ = heads.select_training_samples([torch.cat([near[:14], far])], targets)
+    assert torch.bincount(classes[0]).tolist() == [30, 15]
+
+
+def test_a_slice_with_few_positive_rois_gives_24() -> None:
+    heads = TwoStage(**SMALL).heads
+    far = torch.tensor([[40.0, 40, 60, 60]]).repeat(200, 1) + torch.rand(200, 4)
+    for blood, drawn in ((1.0, [23, 1]), (0.0, [24])):
+        targets = region_targets(F.pad(torch.full((1, 1, 20, 20), blood), (10, 34, 10, 34)))
+        _, _, classes, _ = heads.select_training_samples([far], targets)
+        assert torch.bincount(classes[0]).tolist() == drawn
 
 
 def test_box_loss_is_equations_2_and_3() -> None:

@@ -13,6 +13,7 @@ from monai.networks.nets.resnet import ResNet
 from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -33,6 +34,7 @@ Sizes = list[tuple[int, int]]
 LEVELS = ("0", "1", "2", "3")  # of the pyramid: strides 4, 8, 16, 32
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)
 ROIS, POSITIVE_SHARE = 100, 1 / 3  # RoIs of a slice that are trained on; positive to negative as 1 to 2
+LEAST_ROIS = 24  # where too few are positive: what is missing is negative
 BOX_SIZE = 7  # RoI grid of class and box heads
 CONNECTIONS = ("none", "residual", "dense")
 LOSSES = ("objectness", "proposal_box", "class", "box", "mask")
@@ -199,6 +201,25 @@ def pasted(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> t
     return canvas
 
 
+class RatioSampler:
+    """RoIs to train on: of each slice at most 100, one positive to two negative, as published; at least `LEAST_ROIS`.
+
+    torchvision's own sampler always draws 100. While proposals are poor a slice has a few positives, the class head
+    sees one hemorrhage in fifty RoIs and calls nothing hemorrhage. Two negatives for each positive and no more is too
+    few where there are few: it calls too much hemorrhage.
+    """
+
+    def __call__(self, classes: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Masks of the positive and the negative RoIs that are drawn; (N,) classes of each slice, 0 is background."""
+        positive, negative = [], []
+        for each in classes:
+            n = max(LEAST_ROIS, min(ROIS, round(int((each > 0).sum()) / POSITIVE_SHARE)))
+            drawn = BalancedPositiveNegativeSampler(n, POSITIVE_SHARE)([each])
+            positive += drawn[0]
+            negative += drawn[1]
+        return positive, negative
+
+
 class ScaleAdaptiveHeads(RoIHeads):
     """torchvision's box heads, and masks by `ScaleAdaptiveAlign` and `MultiScaleMasks`.
 
@@ -245,6 +266,7 @@ class ScaleAdaptiveHeads(RoIHeads):
             mask_head=MultiScaleMasks(channels, depths, connections, align.mask_size),
             mask_predictor=nn.Identity(),
         )
+        self.fg_bg_sampler = RatioSampler()
         self.mask_size: int = align.mask_size
         self.roi_expansion = roi_expansion
 
