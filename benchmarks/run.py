@@ -225,11 +225,12 @@ def part_study(study: Study) -> Results:
 def part_bundles(study: Study, folders: list[Path]) -> Results:
     """The study by trained bundles, whatever their networks."""
     results: Results = {}
+    # Trainings of one architecture have one name, and often folders of one name: below what they share, paths differ.
+    shared = os.path.commonpath([folder.resolve().parent for folder in folders])
     for folder in folders:
         bundle = Bundle(folder.resolve())
         config = bundles.resolve(bundle, ["inference"], {"device": "cpu", "engine": "torch"}, None)["inference"]
-        # Trainings of one architecture have one name: the folder of the run tells them apart.
-        results[f"{bundle.name}, {bundle.path.parent.name}"] = {
+        results[f"{bundle.name}, {bundle.path.relative_to(shared)}"] = {
             "torch": measure_study(study, Segmenter(bundle, config), study.repeats)
         }
     return results
