@@ -6,6 +6,7 @@ pixels, columns before rows; pixel (r, c) covers [c, c + 1) x [r, r + 1).
 
 from collections.abc import Sequence
 from math import ceil
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,6 @@ from monai.networks.nets.resnet import ResNet
 from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -207,14 +207,21 @@ class RatioSampler:
     torchvision's own sampler always draws 100. While proposals are poor a slice has a few positives, the class head
     sees one hemorrhage in fifty RoIs and calls nothing hemorrhage. Two negatives for each positive and no more is too
     few where there are few: it calls too much hemorrhage.
+
+    Args:
+        sampler: torchvision's, which draws a share of positives among so many RoIs of each slice.
     """
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
 
     def __call__(self, classes: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Masks of the positive and the negative RoIs that are drawn; (N,) classes of each slice, 0 is background."""
         positive, negative = [], []
         for each in classes:
             n = max(LEAST_ROIS, min(ROIS, round(int((each > 0).sum()) / POSITIVE_SHARE)))
-            drawn = BalancedPositiveNegativeSampler(n, POSITIVE_SHARE)([each])
+            self.sampler.batch_size_per_image = n
+            drawn = self.sampler([each])
             positive += drawn[0]
             negative += drawn[1]
         return positive, negative
@@ -236,6 +243,8 @@ class ScaleAdaptiveHeads(RoIHeads):
     Raises:
         ConfigError: a factor that would make RoIs smaller.
     """
+
+    fg_bg_sampler: Any
 
     def __init__(
         self,
@@ -266,7 +275,7 @@ class ScaleAdaptiveHeads(RoIHeads):
             mask_head=MultiScaleMasks(channels, depths, connections, align.mask_size),
             mask_predictor=nn.Identity(),
         )
-        self.fg_bg_sampler = RatioSampler()
+        self.fg_bg_sampler = RatioSampler(self.fg_bg_sampler)
         self.mask_size: int = align.mask_size
         self.roi_expansion = roi_expansion
 
