@@ -63,15 +63,19 @@ def phantoms(
         ConfigError: the set is there, and made with other numbers.
     """
     manifest = folder / "manifest.csv"
-    total = cases + more + learn
-    if not manifest.is_file():
-        write_dataset(folder, total, 0, make=make)
-        records = read_manifest(manifest)
-        further = [replace(r, split="test" if n < more else "train") for n, r in enumerate(records[cases:])]
-        write_manifest(manifest, [*split_by_patient(records[:cases], SHARES, seed=0), *further])
-    found = len(read_manifest(manifest))
-    if found != total:
-        raise ConfigError(f"{folder} holds {found} phantoms, expected {total}. Give another --out, or these numbers.")
+    made = not manifest.is_file()
+    if made:
+        write_dataset(folder, cases + more + learn, 0, make=make)
+    records = read_manifest(manifest)
+    further = [replace(r, split="test" if n < more else "train") for n, r in enumerate(records[cases:])]
+    parted = [*split_by_patient(records[:cases], SHARES, seed=0), *further]
+    if made:
+        write_manifest(manifest, parted)
+    elif parted != records or len(records) != cases + more + learn:
+        raise ConfigError(
+            f"{folder} holds {len(records)} phantoms, expected {cases} to part, {more} more to test on and {learn} to "
+            "train on. Give another --out, or the numbers that they were made with."
+        )
     return manifest
 
 

@@ -5,8 +5,7 @@
 
 40 of 60 phantoms train, 8 validate, 12 and N more test (seed 0), as in benchmarks/bundles.py; --learn makes further
 ones that train only the detector, which has data of its own. Boxes are those of boxes.csv, one for each subtype of a
-slice. The same command goes on where it stopped. Writes DIR/detector.md. Scores
-on phantoms say nothing about patients.
+slice. The same command goes on where it stopped. Writes DIR/detector.md. Scores on phantoms say nothing about patients.
 """
 
 from pathlib import Path
