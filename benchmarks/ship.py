@@ -6,7 +6,7 @@
     python benchmarks/ship.py runs/cascade3d/bundle
 
 Weights are stored in half precision, their SHA-256, the operating points and the calibration go into the metadata, and
-temperature, threshold and smallest lesion into the configs, whose other keys must be those of the run.
+temperature, threshold, least peak and smallest lesion into the configs, whose other keys must be those of the run.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from ich_pipeline.files import atomic_path, sha256_of, write_json
 from ich_pipeline.settings import DEFAULT_BUNDLE
 
 LARGEST_BYTES = 25_000_000
-CHOSEN = ("temperature", "threshold", "min_lesion_ml")
+CHOSEN = ("temperature", "threshold", "min_lesion_peak", "min_lesion_ml")
 COPIED = ("trained_on_phantoms", "trained_slice_mm", "operating_points", "calibration")
 SAME = ("filters", "spacing_mm", "window_hu", "coarse_scale", "resize", "margin", "coarse_threshold")
 

@@ -1,4 +1,4 @@
-"""Temperature, threshold and smallest lesion of a trained bundle, chosen on labelled scans it did not learn from."""
+"""Temperature and operating point of a trained bundle, chosen on labelled scans that it did not learn from."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import find_objects
+from scipy.ndimage import find_objects, maximum
 from scipy.optimize import minimize_scalar
 
 from ich_pipeline.bundles import Bundle, Config, resolve, write_configs
@@ -19,9 +19,11 @@ from ich_pipeline.transforms import calibrated, lesions_of
 
 Floats = NDArray[np.float64]
 
-KEYS = ("temperature", "threshold", "min_lesion_ml")
+KEYS = ("temperature", "threshold", "min_lesion_peak", "min_lesion_ml")
 THRESHOLDS = tuple(round(0.05 * n, 2) for n in range(1, 20))  # of the probability as the network gives it
-SMALLEST_ML = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+# 0: a lesion needs no peak above the threshold. Overconfident networks differ close to 1.
+PEAKS = (0.0, *THRESHOLDS, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
+SMALLEST_ML = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 1.5)
 FALSE_ALARM_SHARE = 1 / 20  # of the clean scans
 LOGITS = np.linspace(-12, 12, 481)  # edges of the histogram that the temperature is fitted to
 RELIABILITY_BINS = 20
@@ -34,17 +36,19 @@ class CaseScores:
     Attributes:
         label_ml: volume of the label.
         lesions_ml: volumes of the lesions at each of `THRESHOLDS`.
+        peaks: their largest probability, in the same order.
         histogram: (2, n) mL of background and blood by logit (`LOGITS`), of the voxels between 0 and 1.
     """
 
     label_ml: float
     lesions_ml: tuple[Floats, ...]
+    peaks: tuple[Floats, ...]
     histogram: Floats
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """A threshold (of the calibrated probability) and a smallest lesion, and what they gave on the scans chosen on.
+    """Threshold and least peak of a lesion (of the calibrated probability), smallest lesion, and what they gave.
 
     Attributes:
         volume_mae_ml: mean absolute error over all scans, clean ones included.
@@ -53,6 +57,7 @@ class OperatingPoint:
     """
 
     threshold: float
+    min_lesion_peak: float
     min_lesion_ml: float
     volume_mae_ml: float
     false_alarms: int
@@ -101,11 +106,16 @@ def score_case(probability: NDArray[np.float32], label: NDArray[Any], grid: Grid
     blood = label > 0
     found = find_objects((probability >= THRESHOLDS[0]).view(np.uint8))
     lesions: list[Floats] = []
+    peaks: list[Floats] = []
     for threshold in THRESHOLDS:
         if not found:
             lesions.append(np.zeros(0))
+            peaks.append(np.zeros(0))
             continue
-        lesions.append(lesions_of(probability[found[0]] >= threshold, grid, found[0][grid.slice_axis].start)[1][1:])
+        inner = probability[found[0]]
+        numbers, volumes_ml = lesions_of(inner >= threshold, grid, found[0][grid.slice_axis].start)
+        lesions.append(volumes_ml[1:])
+        peaks.append(np.asarray(maximum(inner, numbers, range(1, len(volumes_ml))), dtype=np.float64))
     between = (probability > 0) & (probability < 1)
     p = probability[between].astype(np.float64)
     at = np.clip(np.digitize(np.log(p / (1 - p)), LOGITS) - 1, 0, len(LOGITS) - 2)
@@ -113,7 +123,7 @@ def score_case(probability: NDArray[np.float32], label: NDArray[Any], grid: Grid
     n = len(LOGITS) - 1
     parts = [np.bincount(at, ml * (blood[between] == is_blood), minlength=n) for is_blood in (0, 1)]
     histogram = np.stack(parts).astype(np.float64)
-    return CaseScores(grid.foreground_ml(blood), tuple(lesions), histogram)
+    return CaseScores(grid.foreground_ml(blood), tuple(lesions), tuple(peaks), histogram)
 
 
 def _voxel_ml(grid: Grid) -> Floats:
@@ -139,12 +149,16 @@ def fit_temperature(histogram: Floats) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.1), np.log(10)), method="bounded").x))
 
 
-def point_at(cases: Sequence[CaseScores], index: int, min_ml: float, temperature: float) -> OperatingPoint:
-    """What a threshold, by its index, and a smallest lesion give."""
-    pred_ml = np.array([case.lesions_ml[index][case.lesions_ml[index] >= min_ml].sum() for case in cases])
+def point_at(
+    cases: Sequence[CaseScores], index: int, min_peak: float, min_ml: float, temperature: float
+) -> OperatingPoint:
+    """What a threshold, by its index, a least peak and a smallest lesion give."""
+    kept = [(case.lesions_ml[index] >= min_ml) & (case.peaks[index] >= min_peak) for case in cases]
+    pred_ml = np.array([case.lesions_ml[index][own].sum() for case, own in zip(cases, kept, strict=True)])
     label_ml = np.array([case.label_ml for case in cases])
     return OperatingPoint(
         threshold=round(float(calibrated(THRESHOLDS[index], temperature)), 4),
+        min_lesion_peak=round(float(calibrated(min_peak, temperature)), 4),
         min_lesion_ml=min_ml,
         volume_mae_ml=round(float(np.abs(pred_ml - label_ml).mean()), 4),
         false_alarms=int(((label_ml == 0) & (pred_ml > 0)).sum()),
@@ -168,7 +182,13 @@ def choose(cases: Sequence[CaseScores]) -> Calibration:
         )
     histogram = np.sum([case.histogram for case in cases], axis=0)
     temperature = fit_temperature(histogram)
-    points = [point_at(cases, n, ml, temperature) for n in range(len(THRESHOLDS)) for ml in SMALLEST_ML]
+    points = [
+        point_at(cases, n, peak, ml, temperature)
+        for n, threshold in enumerate(THRESHOLDS)
+        for peak in PEAKS
+        if peak == 0 or peak > threshold
+        for ml in SMALLEST_ML
+    ]
     fewest = max(min(point.false_alarms for point in points), int(FALSE_ALARM_SHARE * clean))
     few = [point for point in points if point.false_alarms <= fewest]
     reliability = {"before": _reliability(histogram, 1.0), "after": _reliability(histogram, temperature)}
@@ -242,6 +262,7 @@ def apply(bundle: Bundle, calibration: Calibration) -> None:
     chosen = {
         "temperature": calibration.temperature,
         "threshold": point.threshold,
+        "min_lesion_peak": point.min_lesion_peak,
         "min_lesion_ml": point.min_lesion_ml,
     }
     configs = resolve(bundle, bundle.config_names, chosen, None)
@@ -254,16 +275,17 @@ def write_calibration(calibration: Calibration, out: Path) -> str:
         f"{calibration.cases} scans. Temperature {calibration.temperature:g}; expected calibration error of the voxels "
         f"that are not certain {calibration.error['before']:.4f} before, {calibration.error['after']:.4f} after.",
         "",
-        "| point | threshold | smallest lesion (mL) | volume MAE (mL) | false alarms on clean scans | bleeds missed |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| point | threshold | least peak | smallest lesion (mL) | volume MAE (mL) | false alarms on clean scans | "
+        "bleeds missed |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, point in (
         ("volume", calibration.volume),
         ("few false alarms (in use)", calibration.few_false_alarms),
     ):
         lines.append(
-            f"| {name} | {point.threshold:g} | {point.min_lesion_ml:g} | {point.volume_mae_ml:.2f} | "
-            f"{point.false_alarms} of {point.clean} | {point.missed} of {point.bleeding} |"
+            f"| {name} | {point.threshold:g} | {point.min_lesion_peak:g} | {point.min_lesion_ml:g} | "
+            f"{point.volume_mae_ml:.2f} | {point.false_alarms} of {point.clean} | {point.missed} of {point.bleeding} |"
         )
     text = "\n".join(lines) + "\n"
     write_text(out / "calibration.md", text)

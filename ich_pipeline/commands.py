@@ -327,8 +327,8 @@ def train(settings: Settings) -> int:
         0; a training that fails raises.
 
     Raises:
-        ConfigError: wrong settings, a bundle with nothing to train, or `out` holds a run and neither resume nor
-            overwrite was asked for.
+        ConfigError: wrong settings, a bundle with nothing to train, weights to start from that do not fit, or `out`
+            holds a run and neither resume nor overwrite was asked for.
     """
     source, resume = settings.bundle(), bool(settings.overrides.get("resume"))
     config = settings.config(source, *TRAIN_CONFIGS)["train"] if source.needs_weights else {}
@@ -355,8 +355,9 @@ def train(settings: Settings) -> int:
 def _train_prepared(bundle: Bundle, settings: Settings, out: Path, *, resume: bool) -> int:
     from ich_pipeline import tracking
     from ich_pipeline.manifest import read_manifest
-    from ich_pipeline.training import RUN_ID_FILE, rank, train_bundle
+    from ich_pipeline.training import RUN_ID_FILE, rank, train_bundle, weights_to_start_from
 
+    start_from = weights_to_start_from(bundle, settings, out, resume=resume)
     config = bundle.config("train")
     report = RunReport({"run": settings.run, "train": config}, seeds={"seed": config["seed"]})
     manifest = Path(config["data"])
@@ -382,7 +383,7 @@ def _train_prepared(bundle: Bundle, settings: Settings, out: Path, *, resume: bo
             if settings.run["parent_run"]:
                 run.set_tags({"mlflow.parentRunId": settings.run["parent_run"]})
             run.log_params(config)
-            result = train_bundle(bundle, report, resume=resume)
+            result = train_bundle(bundle, report, resume=resume, start_from=start_from)
             if rank() == 0:
                 metric = "mAP@0.5" if bundle.finds_boxes else "Dice"
                 print(f"best validation {metric} {result.best_metric:.3f} in epoch {result.best_epoch}: {bundle.path}")

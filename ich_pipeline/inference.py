@@ -131,8 +131,9 @@ class Segmenter:
             )
         self.threshold = float(steps[cut].threshold[0])
         self.restoring = Compose(steps[:cut])
-        self.thresholding = Compose([step for step in steps[cut:] if not isinstance(step, SaveImaged)])
-        self.removes_small = any(isinstance(step, RemoveSmalld) and step.min_ml for step in steps[cut:])
+        last = [step for step in steps[cut:] if not isinstance(step, SaveImaged)]
+        small = next((n for n, step in enumerate(last) if isinstance(step, RemoveSmalld)), len(last))
+        self.thresholding, self.removing_small = Compose(last[:small]), Compose(last[small:])
 
     @property
     def engine(self) -> dict[str, Any]:
@@ -160,13 +161,15 @@ class Segmenter:
         with stage("restore"):
             data = self.restoring(data)
             probability = np.asarray(data["pred"][0])
-            mask = np.asarray(self.thresholding(data)["pred"][0]).astype(np.uint8)
+            data = self.thresholding(data)
+            found = np.count_nonzero(data["pred"])
+            mask = np.asarray(self.removing_small(data)["pred"][0]).astype(np.uint8)
             regions = self._native(loaded, getattr(self.inferer, "regions", None)) if with_regions else None
             edema = self._native(loaded, getattr(self.inferer, "surroundings", None))
             if edema is not None:  # hemorrhage is what the mask says, not what the estimate says
                 edema = NativeMask(edema.values * (mask == 0), edema.grid)
             flags = self.flags_of(loaded)
-            if self.removes_small and np.count_nonzero(probability >= self.threshold) > np.count_nonzero(mask):
+            if found > np.count_nonzero(mask):
                 flags += ("small_lesions_removed",)
             if loaded.data["image"].meta.get("boxes") == "[]":  # as `boxes.FindBoxesd` writes them
                 flags += ("no_boxes",)

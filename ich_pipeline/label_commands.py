@@ -9,6 +9,7 @@ from ich_pipeline import bundles
 from ich_pipeline.bundles import Bundle
 from ich_pipeline.errors import ConfigError
 from ich_pipeline.files import write_json
+from ich_pipeline.label_app.serving import Serving
 from ich_pipeline.label_app.versions import Versions, versions_of
 from ich_pipeline.settings import Settings
 
@@ -55,7 +56,7 @@ def start(
         if weights:
             check_hash(weights)
     out = out.resolve()
-    serving = process.Serving(studies.resolve(), chosen, out, host, port, tuple(origins), max_upload_mib, token)
+    serving = Serving(studies.resolve(), chosen, out, host, port, tuple(origins), max_upload_mib, token)
     write_json(out / BUNDLES_FILE, {name: str(path) for name, path in chosen.items()})
     process.start(serving)
 

@@ -60,22 +60,41 @@ class Settings:
             raise ConfigError(f"which bundle? Give bundle=NAME; known: {', '.join(bundles.all_bundles())}")
         if stage is not None:
             return bundles.require_packages(bundles.find_stage(str(name), str(stage)))
-        if str(name).startswith(("models:/", "runs:/")) and not Path(name).exists():
+        return self._named(str(name))
+
+    def start_from(self) -> Path | None:
+        """Weights of the bundle that a training begins with, if one was named.
+
+        Raises:
+            ConfigError: it does not exist, or is not trained.
+        """
+        name = self.run["start_from"]
+        if name is None:
+            return None
+        weights = self._named(str(name)).weights
+        if weights is None:
+            raise ConfigError(f"start_from={name}: this bundle has no weights. Name one that is trained.")
+        return weights
+
+    def _named(self, name: str) -> Bundle:
+        if name.startswith(("models:/", "runs:/")) and not Path(name).exists():
             from ich_pipeline.tracking import fetch_bundle
 
             fetched = fetch_bundle(name, tracking_uri=self.run["tracking_uri"], cache=CACHE)
             return bundles.require_packages(Bundle(fetched))
-        return bundles.require_packages(bundles.find_bundle(str(name)))
+        return bundles.require_packages(bundles.find_bundle(name))
 
     def preset(self, bundle: Bundle, *, training: bool = False) -> str | None:
         """The preset to apply: `auto` is gpu or cpu by what this machine has.
 
-        A bundle with weights was trained with its settings and takes none unless one is named, or it is trained anew.
+        A bundle with weights was trained with its settings and takes none unless one is named, or it is trained anew
+        from nothing.
         """
         choice = self.run["preset"]
         if choice != "auto":
             return None if choice is None else str(choice)
-        if (bundle.weights and not training) or not bundle.overlays("presets"):
+        anew = training and self.run["start_from"] is None
+        if (bundle.weights and not anew) or not bundle.overlays("presets"):
             return None
         import torch
 

@@ -5,11 +5,10 @@ memory; patches are drawn from these. What is drawn is a function of seed, epoch
 draws what it would have drawn: it only has to make the phantoms of its window again.
 """
 
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ import numpy as np
 from monai.transforms import Compose, RandomizableTrait
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ich_pipeline.geometry import Grid
 from ich_pipeline.manifest import read_manifest
-from ich_pipeline.phantom import PhantomCase, make_case, write_dataset
+from ich_pipeline.phantom import PhantomCase, make_case
 from ich_pipeline.phantom.cases import scanner_forms
-from ich_pipeline.phantom.settings import VARIED
+from ich_pipeline.phantom.settings import STREAMED
 from ich_pipeline.phantom.variety import draw_degradation
 from ich_pipeline.records import NativeMask, Scan
 from ich_pipeline.training import CaseSampler, Draw, n_processes, rank
@@ -31,8 +29,6 @@ from ich_pipeline.transforms import ReadMaskd, ReadScand, mask_tensor_of, tensor
 
 # A part of every phantom's seed, so that no phantom of a stream is one of a set (`write_dataset` has two parts).
 STREAM = 1
-VALIDATION_CASES, VALIDATION_SEED = 24, 90_001
-MATRIX = 256  # pixels along each side of a slice: what model grids can hold, not what scanners store
 # Whole numbers of a background's slices that are averaged, so that a thin scan is not always thin.
 SLICES_TOGETHER = (1, 2, 3, 5, 7)
 
@@ -55,7 +51,7 @@ class PhantomStream(Dataset[Any]):
         preprocessing: Compose,
         augmentation: Compose,
         seed: int = 0,
-        matrix: int = MATRIX,
+        matrix: int = STREAMED.matrix,
         background: str | None = None,
         background_share: float = 0.15,
         kept: int = 40,
@@ -65,7 +61,7 @@ class PhantomStream(Dataset[Any]):
         first = next((n for n, step in enumerate(chain) if isinstance(step, RandomizableTrait)), len(chain))
         self.once, self.each_time = Compose(chain[:first]), Compose(chain[first:])
         self.seed, self.kept = seed, kept
-        self.settings = replace(VARIED, matrix=matrix)
+        self.settings = replace(STREAMED, matrix=matrix)
         self.background, self.background_share = background, background_share
         self._made: OrderedDict[int, Mapping[Any, Any]] = OrderedDict()
 
@@ -169,18 +165,3 @@ def validation_cases(manifest: str | Path) -> dict[str, list[dict[str, str]]]:
     """No cases to train on, which a stream has itself, and those of the split `val`, dealt out to the processes."""
     records = [record for record in read_manifest(Path(manifest), require_label=True) if record.split == "val"]
     return {"train": [], "val": [record.item() for record in records[rank() :: n_processes()]]}
-
-
-def write_validation_phantoms(folder: Path, cases: int = VALIDATION_CASES) -> Path:
-    """The manifest of varied phantoms to validate a stream on, all in the split `val`; made once.
-
-    Raises:
-        ConfigError: the folder holds another set.
-    """
-    manifest = folder / "manifest.csv"
-    if not manifest.is_file():
-        with tqdm(total=cases, desc="phantoms", unit="case", file=sys.stderr) as bar:
-            settings = replace(VARIED, matrix=MATRIX)
-            make = partial(write_dataset, folder, cases, VALIDATION_SEED, settings=settings, split="val")
-            make(on_case=lambda case_id: bar.update())
-    return manifest

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ich_pipeline.boxes import SOURCES
 from ich_pipeline.bundles import Bundle, Config, is_bundle, read_yaml, resolve, write_configs
-from ich_pipeline.engines import autocast, load_network, pick_device
+from ich_pipeline.engines import autocast, check_hash, load_network, pick_device
 from ich_pipeline.errors import ConfigError, IchError, ManifestError
 from ich_pipeline.files import atomic_path, sha256_of, write_json
 from ich_pipeline.manifest import PHANTOM_FILE, read_manifest
@@ -45,8 +45,8 @@ PATH_KEYS = (
     "background",
 )  # of configs: files of the user's; `boxes` may be one of `boxes.SOURCES` as well
 # What `calibrate` and the shipping of weights leave in a bundle, and what is there without.
-UNCALIBRATED = {"temperature": 1.0, "threshold": 0.5, "min_lesion_ml": 0.0}
-OF_WEIGHTS = ("operating_points", "calibration", "trained")
+UNCALIBRATED = {"temperature": 1.0, "threshold": 0.5, "min_lesion_peak": 0.0, "min_lesion_ml": 0.0}
+OF_WEIGHTS = ("operating_points", "calibration", "trained", "started_from")
 # What a resumed run may change: the saved state does not depend on it.
 MAY_CHANGE = ("epochs", "patience", "validate_every", "workers", "device")
 
@@ -334,7 +334,8 @@ class ResumableRun:
             ConfigError: the file is not whole, or does not fit the network.
         """
         network = self.parts["network"]
-        load_network(network, weights, next(network.parameters()).device)
+        for each in {id(part): part for part in (network, self.kept)}.values():
+            load_network(each, weights, next(each.parameters()).device)
         self.evaluator.run(0)
         return float(self.evaluator.state.metrics[self.metric_name])
 
@@ -482,7 +483,10 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
         return
     if source.metadata.get("calibration"):
         # Chosen for the weights that the source has, which this run does not take along.
-        settings = replace(settings, overrides={**UNCALIBRATED, **settings.overrides})
+        own = source.config("inference")
+        undone = {key: value for key, value in UNCALIBRATED.items() if key in own}
+        settings = replace(settings, overrides={**undone, **settings.overrides})
+    start_from = settings.start_from()
     configs = settings.config(source, *TRAIN_CONFIGS)
     streams = is_stream(configs["train"])
     if not (configs["train"]["data"] or streams):
@@ -492,9 +496,9 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
             f"{target} exists. Go on with resume=true, give another out=, or replace it with overwrite=true."
         )
     if streams:
-        from ich_pipeline.streaming import VARIED, write_validation_phantoms
+        from ich_pipeline.phantom.dataset import STREAMED, write_validation_phantoms
 
-        slices_mm = list(VARIED.slice_mm)
+        slices_mm = list(STREAMED.slice_mm)
         configs["train"]["data"] = configs["train"]["data"] or str(write_validation_phantoms(out / "phantoms"))
     else:
         # A detector takes its cases from a table of boxes.
@@ -518,6 +522,7 @@ def prepare_run(source: Bundle, settings: Settings, out: Path, *, resume: bool) 
             "weights_sha256": None,
             "trained_on_phantoms": on_phantoms,
             "trained_slice_mm": [round(min(slices_mm), 4), round(max(slices_mm), 4)],
+            **({"started_from": check_hash(start_from)} if start_from else {}),
         }
         metadata = {key: value for key, value in configs["metadata"].items() if key not in OF_WEIGHTS}
         write_configs(temporary, configs | {"metadata": metadata | made_here})
@@ -609,6 +614,23 @@ def open_workflow(bundle: Path, overlays: Sequence[str] = (), **settings: Any) -
         bundle_root=str(bundle),
         **settings,
     )
+
+
+def weights_to_start_from(bundle: Bundle, settings: Settings, out: Path, *, resume: bool) -> Path | None:
+    """Weights that a prepared run begins with; None for a run that has its own by now, or begins from nothing.
+
+    Raises:
+        ConfigError: the run was prepared to begin with others.
+    """
+    if resume and (out / STATE_FILE).is_file():
+        return None
+    weights, recorded = settings.start_from(), bundle.metadata.get("started_from")
+    if recorded != (check_hash(weights) if weights else None):
+        raise ConfigError(
+            f"the run in {out} was to begin with weights of SHA-256 {recorded}, and has no state yet. Give the same "
+            "start_from= again, or begin anew with overwrite=true."
+        )
+    return weights
 
 
 def train_bundle(bundle: Bundle, report: RunReport, *, resume: bool, start_from: Path | None = None) -> ResumableRun:

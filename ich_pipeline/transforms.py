@@ -573,6 +573,41 @@ class RemoveSmalld(MapTransform):
         return d
 
 
+class RemoveUnsured(MapTransform):
+    """Take lesions (26-connected) out of a mask whose probability is high nowhere: thresholding with hysteresis.
+
+    So a low threshold can outline a lesion, and a high one say whether it is one.
+
+    Args:
+        probability_key: (1, ...) what the mask was cut from.
+        min_peak: lesions are removed whose largest probability is less; 0 removes none.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        probability_key: str = "probability",
+        min_peak: float = 0.0,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if not 0 <= min_peak <= 1:
+            raise ConfigError(f"min_lesion_peak={min_peak}: expected 0 to 1")
+        self.probability_key, self.min_peak = probability_key, float(min_peak)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Change every key, a (1, ...) mask."""
+        d = dict(data)
+        for key in self.key_iterator(d):
+            mask = d[key]
+            if self.min_peak and bool(mask.any()):
+                lesions = cc3d.connected_components(np.asfortranarray(mask.numpy()[0] > 0), connectivity=26)
+                sure = np.zeros(int(lesions.max()) + 1, bool)
+                sure[lesions[d[self.probability_key].numpy()[0] >= self.min_peak]] = True
+                mask *= torch.as_tensor(sure[lesions])[None]
+        return d
+
+
 def calibrated(probability: Any, temperature: float) -> Any:
     """A probability (array or tensor) whose logit is divided by a temperature."""
     odds, against = probability ** (1 / temperature), (1 - probability) ** (1 / temperature)

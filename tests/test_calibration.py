@@ -1,4 +1,4 @@
-"""Temperature, threshold and smallest lesion: chosen as said, written where they are used, and used as written."""
+"""Temperature and operating point: chosen as said, written where they are used, and used as written."""
 
 import shutil
 from pathlib import Path
@@ -19,7 +19,7 @@ from ich_pipeline.commands import Settings
 from ich_pipeline.errors import ConfigError
 from ich_pipeline.geometry import Grid
 from ich_pipeline.report import read_rows
-from ich_pipeline.transforms import Calibrated, RemoveSmalld, calibrated
+from ich_pipeline.transforms import Calibrated, RemoveSmalld, RemoveUnsured, calibrated
 
 GRID = make_grid((40, 44, 12), (1.0, 1.0, 5.0), tilt_deg=12)
 UNEVEN = Grid(GRID.shape, GRID.affine, np.r_[np.arange(11) * 0.8, 11.0])
@@ -33,7 +33,7 @@ def scores(label_ml: float, *lesions: float, at: float = 0.5) -> CaseScores:
     """A case whose lesions are there up to a threshold."""
     found = tuple(np.array(lesions if t <= at else ()) for t in THRESHOLDS)
     histogram = np.ones((2, len(LOGITS) - 1))
-    return CaseScores(label_ml, found, histogram)
+    return CaseScores(label_ml, found, tuple(np.full(each.shape, at) for each in found), histogram)
 
 
 @pytest.mark.parametrize("true", [0.4, 1.0, 2.5])
@@ -64,6 +64,12 @@ def test_lesions_and_histogram_are_those_of_a_plain_count(grid: Grid) -> None:
         lesions, count = ndimage.label(probability >= threshold, np.ones((3, 3, 3)))
         wanted = [grid.foreground_ml(lesions == n) for n in range(1, count + 1)]
         np.testing.assert_allclose(sorted(volumes), sorted(wanted), rtol=1e-9)
+    for threshold, volumes, peaks in zip(THRESHOLDS, found.lesions_ml, found.peaks, strict=True):
+        lesions, count = ndimage.label(probability >= threshold, np.ones((3, 3, 3)))
+        wanted = {
+            (grid.foreground_ml(lesions == n), float(probability[lesions == n].max())) for n in range(1, count + 1)
+        }
+        np.testing.assert_allclose(sorted(zip(volumes, peaks, strict=True)), sorted(wanted), rtol=1e-6)
     between = (probability > 0) & (probability < 1)
     assert found.histogram[1].sum() == pytest.approx(grid.foreground_ml(between & label))
     assert found.histogram[0].sum() == pytest.approx(grid.foreground_ml(between & ~label))
@@ -79,6 +85,19 @@ def test_points_are_the_best_of_their_kind() -> None:
     assert (found.few_false_alarms.false_alarms, found.few_false_alarms.clean) == (0, 4)
     assert (found.few_false_alarms.missed, found.few_false_alarms.bleeding) == (0, 4)
     assert found.cases == 8
+
+
+def test_a_peak_parts_bleeds_from_false_alarms_of_the_same_size() -> None:
+    """At a threshold that leaves only true ones, their outline is too small; a low one with a peak has both right."""
+    true = CaseScores(
+        10.0,
+        tuple(np.array([10.0 if t < 0.5 else 2.0]) for t in THRESHOLDS),
+        tuple(np.array([0.99]) for _ in THRESHOLDS),
+        np.ones((2, len(LOGITS) - 1)),
+    )
+    found = choose([true, true, scores(0.0, 9.0, at=0.7), scores(0.0, at=0.0)]).few_false_alarms
+    assert (found.false_alarms, found.missed, found.volume_mae_ml) == (0, 0, 0)
+    assert found.min_lesion_peak > 0.7 > found.threshold
 
 
 def test_false_alarms_that_no_point_avoids_are_as_few_as_can_be() -> None:
@@ -120,8 +139,28 @@ def test_small_lesions_go_and_large_ones_stay_to_the_voxel(grid: Grid) -> None:
     np.testing.assert_array_equal(np.asarray(RemoveSmalld(keys="pred")({"pred": image})["pred"][0]) > 0, mask)
 
 
+def test_lesions_go_whose_probability_is_high_nowhere() -> None:
+    rng = np.random.default_rng(3)
+    p = ndimage.gaussian_filter(rng.random(GRID.shape), 1.2).astype(np.float32)
+    p = (p - p.min()) / np.ptp(p)
+    mask = p >= 0.55
+    data = {"pred": MetaTensor(torch.from_numpy(mask[None].astype(np.float32))), "probability": MetaTensor(p[None])}
+    lesions, count = ndimage.label(mask, np.ones((3, 3, 3)))
+    wanted = np.isin(lesions, [n for n in range(1, count + 1) if p[lesions == n].max() >= 0.7])
+    assert 0 < wanted.sum() < mask.sum()
+    found = RemoveUnsured(keys="pred", min_peak=0.7)({**data, "pred": data["pred"].clone()})["pred"]
+    np.testing.assert_array_equal(np.asarray(found[0]) > 0, wanted)
+    np.testing.assert_array_equal(np.asarray(RemoveUnsured(keys="pred")(data)["pred"][0]) > 0, mask)
+
+
 @pytest.mark.parametrize(
-    "wrong", [lambda: Calibrated("pred", 0), lambda: Calibrated("pred", -1), lambda: RemoveSmalld("pred", -0.1)]
+    "wrong",
+    [
+        lambda: Calibrated("pred", 0),
+        lambda: Calibrated("pred", -1),
+        lambda: RemoveSmalld("pred", -0.1),
+        lambda: RemoveUnsured("pred", min_peak=1.1),
+    ],
 )
 def test_numbers_that_cannot_be_are_refused(wrong: Any) -> None:
     with pytest.raises(ConfigError, match="expected"):
@@ -156,6 +195,7 @@ def test_what_was_chosen_is_what_is_used(trained: Bundle, cases: Path, tmp_path:
     config = bundle.config("inference")
     assert config["threshold"] == point["threshold"] == bundle.config("train")["threshold"]
     assert config["min_lesion_ml"] == point["min_lesion_ml"]
+    assert config["min_lesion_peak"] == point["min_lesion_peak"]
     assert config["temperature"] == bundle.metadata["calibration"]["temperature"] != 1.0
     assert bundle.metadata["weights_sha256"] == trained.metadata["weights_sha256"]
     assert (out / "reliability.png").stat().st_size > 5000
@@ -205,5 +245,5 @@ def test_an_installed_bundle_is_not_written_to(cases: Path) -> None:
 
 def test_a_bundle_without_a_place_for_it_is_refused() -> None:
     bundle = bundles.find_bundle("unet3d")
-    with pytest.raises(ConfigError, match="no key temperature, min_lesion_ml"):
+    with pytest.raises(ConfigError, match="no key temperature, min_lesion_peak, min_lesion_ml"):
         calibration.require_keys(bundle, bundle.config("inference"))

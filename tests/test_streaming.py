@@ -14,12 +14,13 @@ from ich_pipeline import streaming
 from ich_pipeline.bundles import Bundle, find_bundle
 from ich_pipeline.commands import Settings
 from ich_pipeline.manifest import read_manifest
-from ich_pipeline.phantom import PhantomSettings, make_case
+from ich_pipeline.phantom import PhantomSettings, dataset, make_case
+from ich_pipeline.phantom.settings import STREAMED
 from ich_pipeline.streaming import PhantomStream, StreamSampler, scanned_otherwise
 from ich_pipeline.training import Draw, prepare_run
 from ich_pipeline.transforms import ModelGridd, ReadMaskd, ReadScand
 
-COARSE = replace(streaming.VARIED, matrix=64, slice_mm=(8.0,))
+COARSE = replace(STREAMED, matrix=64, slice_mm=(8.0,))
 
 
 @pytest.fixture(autouse=True)
@@ -139,8 +140,8 @@ def test_one_head_is_scanned_in_many_ways_with_its_blood() -> None:
 def test_a_stream_needs_no_manifest_and_makes_its_own_to_validate_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming.write_validation_phantoms, "__defaults__", (2,))
-    monkeypatch.setattr(streaming, "MATRIX", 64)
+    monkeypatch.setattr(dataset.write_validation_phantoms, "__defaults__", (2,))
+    monkeypatch.setattr(dataset, "STREAMED", replace(STREAMED, matrix=64))
     settings = Settings.of(["bundle=cascade3d", "variant=synthesis", "preset=tiny", "tracking=false"])
     prepare_run(find_bundle("cascade3d"), settings, tmp_path / "run", resume=False)
     bundle = Bundle(tmp_path / "run" / "bundle")

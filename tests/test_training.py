@@ -173,6 +173,68 @@ main(["train", *{words(cases, tmp_path / "run", "epochs=1")!r}])
     assert re.search(r"4/4 \[.*step.*epoch=1, loss=\d+\.\d{3}, val_\w*dice=0\.\d{3}\]", last), last
 
 
+# --- begun with weights that exist -----------------------------------------------------------------------------------
+
+
+def weights_of(bundle: Path) -> dict[str, torch.Tensor]:
+    return torch.load(bundle / "models" / "model.pt", weights_only=True)
+
+
+def learnt(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What an optimizer changes: all but running means, which move with every batch."""
+    return {name: value for name, value in state.items() if "running" not in name and "num_batches" not in name}
+
+
+def test_training_begins_with_the_weights_of_another_run(undisturbed: Path, cases: Path, tmp_path: Path) -> None:
+    begun = undisturbed / "bundle"
+    own = [f"start_from={begun}", "epochs=1", "iterations=1"]
+    still = train(cases, tmp_path / "still", *own, "learning_rate=0") / "bundle"
+    assert same(learnt(weights_of(still)), learnt(weights_of(begun)))
+    assert Bundle(still).metadata["started_from"] == Bundle(begun).metadata["weights_sha256"]
+    moved = train(cases, tmp_path / "moved", *own) / "bundle"
+    assert not same(learnt(weights_of(moved)), learnt(weights_of(begun)))
+    # What begins from nothing, even of a bundle that did not, says so.
+    words_ = [f"bundle={still}", "epochs=1", "iterations=1"]
+    assert "started_from" not in Bundle(train(cases, tmp_path / "anew", *words_) / "bundle").metadata
+
+
+def test_a_run_stopped_before_its_first_state_starts_over_with_the_same_weights(
+    undisturbed: Path, cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, begun = tmp_path / "run", f"start_from={undisturbed / 'bundle'}"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_bundle", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(cases, out, begun, "learning_rate=0")
+    with pytest.raises(ConfigError, match=r"was to begin with weights of SHA-256 [0-9a-f]{64}.*start_from= again"):
+        train(cases, out, "learning_rate=0", "resume=true")
+    train(cases, out, begun, "learning_rate=0", "resume=true")
+    assert same(learnt(weights_of(out / "bundle")), learnt(weights_of(undisturbed / "bundle")))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["start_from=unet3d"], "start_from=unet3d: this bundle has no weights"),
+        (["start_from=nowhere"], "nowhere"),
+        (["start_from={begun}", "filters=[8,4,4,4]"], "does not fit the network"),
+    ],
+    ids=["untrained", "missing", "another network"],
+)
+def test_weights_that_cannot_be_begun_with_are_refused(
+    undisturbed: Path, cases: Path, tmp_path: Path, more: list[str], said: str
+) -> None:
+    given = [word.format(begun=undisturbed / "bundle") for word in more]
+    with pytest.raises(ConfigError, match=said):
+        train(cases, tmp_path / "run", *given)
+
+
+def test_what_begins_with_weights_has_the_sizes_of_its_bundle(undisturbed: Path) -> None:
+    bundle = bundles.find_bundle("cascade3d")
+    settings = Settings.of(["bundle=cascade3d", "start_from=cascade3d"])
+    assert settings.config(bundle, "train")["train"]["filters"] == bundle.config("inference")["filters"]
+
+
 # --- stopped and resumed ---------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,33 +18,12 @@ from ich_pipeline.bundles import Bundle
 from ich_pipeline.errors import ConfigError
 from ich_pipeline.files import write_json
 from ich_pipeline.label_app.guard import LOOPBACK
+from ich_pipeline.label_app.serving import Serving
 
 SERVER_FILE = "server.json"
 TOKEN_VARIABLE = "ICH_LABEL_TOKEN"
 SHORTEST_TOKEN = 20  # characters
 STOP_SECONDS = 60
-
-
-@dataclass(frozen=True)
-class Serving:
-    """What a server is started with.
-
-    Attributes:
-        studies: folder of NIfTI scans; MONAI Label keeps its list and the labels there.
-        bundles: folders of bundles, by the name of their model.
-        out: folder of trained versions, scores and the running server's file.
-        origins: web pages that may ask, besides the server's own.
-        token: that requests must carry; None on loopback.
-    """
-
-    studies: Path
-    bundles: dict[str, Path]
-    out: Path
-    host: str
-    port: int
-    origins: tuple[str, ...]
-    max_upload_mib: int
-    token: str | None
 
 
 def require_extra() -> None:

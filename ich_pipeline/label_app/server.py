@@ -34,7 +34,7 @@ from ich_pipeline.geometry import require_same_grid
 from ich_pipeline.label_app import checks, scores
 from ich_pipeline.label_app.checks import RequestError
 from ich_pipeline.label_app.guard import LOOPBACK, Guard
-from ich_pipeline.label_app.process import Serving
+from ich_pipeline.label_app.serving import Serving
 from ich_pipeline.nifti import read_header
 from ich_pipeline.reading import read_mask, read_scan
 from ich_pipeline.restoring import write_mask

@@ -5,6 +5,7 @@ A case is drawn from (seed, index) alone, so that case 7 is the same in a set of
 
 import json
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from isal import igzip
+from tqdm import tqdm
 
 from ich_pipeline import __version__
 from ich_pipeline.detection import BOX_COLUMNS
@@ -23,7 +25,7 @@ from ich_pipeline.files import atomic_path, sha256_of, write_csv_rows, write_jso
 from ich_pipeline.labels import Subtype
 from ich_pipeline.manifest import PHANTOM_FILE
 from ich_pipeline.phantom.cases import make_case
-from ich_pipeline.phantom.settings import PhantomCase, PhantomSettings
+from ich_pipeline.phantom.settings import STREAMED, PhantomCase, PhantomSettings
 from ich_pipeline.records import Scan
 from ich_pipeline.restoring import write_mask
 
@@ -31,6 +33,7 @@ DEFAULT = PhantomSettings()
 # 6:1:3 in every ten of the clean and of the bleeding, and one of each split among the first three.
 SPLITS = ("train", "test", "val", "train", "train", "test", "train", "train", "test", "train")
 FOLDS = 5
+VALIDATION_CASES, VALIDATION_SEED = 24, 90_001
 MANIFEST_COLUMNS = (
     *("case_id", "patient_id", "image", "label", "split", "fold", "subtype", "edema", "brain", "volume_ml"),
     *(f"{s.name.lower()}_ml" for s in Subtype),
@@ -147,6 +150,20 @@ def _each(make: Callable[[int], int], indices: list[int], jobs: int) -> Iterator
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def write_validation_phantoms(folder: Path, cases: int = VALIDATION_CASES) -> Path:
+    """The manifest of varied phantoms to validate a stream on (streaming.py), all in the split `val`; made once.
+
+    Raises:
+        ConfigError: the folder holds another set.
+    """
+    manifest = folder / "manifest.csv"
+    if not manifest.is_file():
+        with tqdm(total=cases, desc="phantoms", unit="case", file=sys.stderr) as bar:
+            make = partial(write_dataset, folder, cases, VALIDATION_SEED, settings=STREAMED, split="val")
+            make(on_case=lambda case_id: bar.update())
+    return manifest
 
 
 def _write_case(

@@ -1,7 +1,7 @@
 """What a set of phantoms is drawn from, and what a phantom is."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,8 @@ VARIED = PhantomSettings(
     noise_hu=(1.0, 8.0),
     varied=True,
 )
+# As a stream has them: pixels as small as model grids can hold, not as scanners store.
+STREAMED = replace(VARIED, matrix=256)
 
 
 @dataclass(frozen=True, eq=False)
