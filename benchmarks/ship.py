@@ -64,7 +64,9 @@ def main() -> None:
     copied = {key: source.metadata[key] for key in COPIED}
     sha256 = sha256_of(weights)
     trained = {"weights_sha256": sha256, "trained": f"variant=synthesis {given.recipe}, {datetime.now(UTC):%Y-%m-%d}"}
-    write_json(target.path / "configs" / "metadata.json", target.metadata | copied | trained)
+    # The same weights with another operating point were not trained today.
+    new = trained if sha256 != target.metadata["weights_sha256"] else {}
+    write_json(target.path / "configs" / "metadata.json", target.metadata | copied | new)
     print(f"{weights}: {weights.stat().st_size / 1e6:.1f} MB, {sha256}")
 
 

@@ -55,6 +55,7 @@ FLAG_WORDS = {
     "strong_resampling": "The network saw voxels more than three times as long or as short as those of the scan.",
     "touches_border": "The mask reaches the edge of the scan: the bleed may go on outside.",
     "uneven_slices": "Slices lie unevenly; each counts for half the way to its neighbours.",
+    "unsure_lesions_removed": "Lesions less sure than min_lesion_peak were found and are in neither mask nor volume.",
     "untrained_slice_spacing": "The slices are thinner or thicker than those that the network was trained on.",
     "units_scaled": "The header was not in millimetres, and was converted.",
 }

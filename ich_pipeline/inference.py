@@ -19,7 +19,7 @@ from ich_pipeline.errors import ConfigError, own_errors
 from ich_pipeline.quality import fit_flags
 from ich_pipeline.reading import find_scans
 from ich_pipeline.records import CaseRecord, NativeMask, Scan
-from ich_pipeline.transforms import Box, RemoveSmalld, scan_of
+from ich_pipeline.transforms import Box, RemoveSmalld, RemoveUnsured, scan_of
 
 CORNER_TOLERANCE = 1e-6  # voxels: what arithmetic adds to a corner that lies on a voxel's edge
 
@@ -37,6 +37,10 @@ Stage = Callable[[str], AbstractContextManager[None]]
 def no_stage(name: str) -> AbstractContextManager[None]:
     """A stage that nobody counts."""
     return nullcontext()
+
+
+# Steps after the threshold that take lesions out, and the flag of a scan that lost any.
+REMOVALS = {RemoveUnsured: "unsure_lesions_removed", RemoveSmalld: "small_lesions_removed"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +135,7 @@ class Segmenter:
             )
         self.threshold = float(steps[cut].threshold[0])
         self.restoring = Compose(steps[:cut])
-        last = [step for step in steps[cut:] if not isinstance(step, SaveImaged)]
-        small = next((n for n, step in enumerate(last) if isinstance(step, RemoveSmalld)), len(last))
-        self.thresholding, self.removing_small = Compose(last[:small]), Compose(last[small:])
+        self.thresholding = [step for step in steps[cut:] if not isinstance(step, SaveImaged)]
 
     @property
     def engine(self) -> dict[str, Any]:
@@ -161,16 +163,18 @@ class Segmenter:
         with stage("restore"):
             data = self.restoring(data)
             probability = np.asarray(data["pred"][0])
-            data = self.thresholding(data)
-            found = np.count_nonzero(data["pred"])
-            mask = np.asarray(self.removing_small(data)["pred"][0]).astype(np.uint8)
+            removed: tuple[str, ...] = ()
+            for step in self.thresholding:
+                before = np.count_nonzero(data["pred"])
+                data = step(data)
+                if type(step) in REMOVALS and np.count_nonzero(data["pred"]) < before:
+                    removed += (REMOVALS[type(step)],)
+            mask = np.asarray(data["pred"][0]).astype(np.uint8)
             regions = self._native(loaded, getattr(self.inferer, "regions", None)) if with_regions else None
             edema = self._native(loaded, getattr(self.inferer, "surroundings", None))
             if edema is not None:  # hemorrhage is what the mask says, not what the estimate says
                 edema = NativeMask(edema.values * (mask == 0), edema.grid)
-            flags = self.flags_of(loaded)
-            if found > np.count_nonzero(mask):
-                flags += ("small_lesions_removed",)
+            flags = self.flags_of(loaded) + removed
             if loaded.data["image"].meta.get("boxes") == "[]":  # as `boxes.FindBoxesd` writes them
                 flags += ("no_boxes",)
             return Prediction(

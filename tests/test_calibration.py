@@ -95,9 +95,11 @@ def test_a_peak_parts_bleeds_from_false_alarms_of_the_same_size() -> None:
         tuple(np.array([0.99]) for _ in THRESHOLDS),
         np.ones((2, len(LOGITS) - 1)),
     )
-    found = choose([true, true, scores(0.0, 9.0, at=0.7), scores(0.0, at=0.0)]).few_false_alarms
-    assert (found.false_alarms, found.missed, found.volume_mae_ml) == (0, 0, 0)
-    assert found.min_lesion_peak > 0.7 > found.threshold
+    found = choose([true, true, scores(0.0, 9.0, at=0.7), scores(0.0, at=0.0)])
+    point = found.few_false_alarms
+    assert (point.false_alarms, point.missed, point.volume_mae_ml) == (0, 0, 0)
+    assert point.min_lesion_peak > calibrated(0.7, found.temperature) > calibrated(0.5, found.temperature)
+    assert point.threshold < calibrated(0.5, found.temperature)
 
 
 def test_false_alarms_that_no_point_avoids_are_as_few_as_can_be() -> None:
@@ -236,6 +238,12 @@ def test_a_row_says_that_lesions_were_taken_out(trained: Bundle, cases: Path, tm
     flagged = {min_ml: "small_lesions_removed" in row.flags for min_ml, row in found.items()}
     assert flagged == {0: False, 0.001: False, 10_000: True}
     assert found[0].report.volume_ml > 0 == found[10_000].report.volume_ml
+    table = tmp_path / "unsure" / "volumes.csv"
+    words = [f"bundle={trained.path}", "threshold=0.05", "min_lesion_peak=1.0", "pictures=false", "html=false"]
+    assert commands.segment([scan], table.parent / "masks", table, Settings.of(words)) == 0
+    [unsure] = read_rows(table)
+    assert "unsure_lesions_removed" in unsure.flags
+    assert unsure.report.volume_ml == 0
 
 
 def test_an_installed_bundle_is_not_written_to(cases: Path) -> None:

@@ -15,7 +15,7 @@ from ich_pipeline.phantom import PhantomSettings, write_dataset
 from ich_pipeline.records import CaseRecord
 from ich_pipeline.report import read_rows
 from ich_pipeline.settings import DEFAULT_BUNDLE, Settings
-from ich_pipeline.training import prepare_run
+from ich_pipeline.training import UNCALIBRATED, prepare_run
 
 LARGEST_BYTES = 25_000_000
 
@@ -48,6 +48,7 @@ def test_weights_are_small_and_say_where_they_come_from() -> None:
     assert metadata["operating_points"].keys() == {"volume", "few_false_alarms"}
     config = bundle.config("inference")
     assert config["threshold"] == metadata["operating_points"]["few_false_alarms"]["threshold"]
+    assert config["min_lesion_peak"] == metadata["operating_points"]["few_false_alarms"]["min_lesion_peak"]
     assert config["min_lesion_ml"] == metadata["operating_points"]["few_false_alarms"]["min_lesion_ml"]
     assert config["temperature"] == metadata["calibration"]["temperature"]
 
@@ -88,7 +89,8 @@ def test_a_network_trained_anew_is_cut_at_one_half_until_it_is_calibrated(tmp_pa
     prepare_run(bundles.find_bundle(DEFAULT_BUNDLE), settings, tmp_path / "run", resume=False)
     bundle = Bundle(tmp_path / "run" / "bundle")
     inference, train = bundle.config("inference"), bundle.config("train")
-    assert (inference["temperature"], inference["threshold"], inference["min_lesion_ml"]) == (1.0, 0.5, 0.0)
+    assert {key: inference[key] for key in UNCALIBRATED} == UNCALIBRATED
+    assert UNCALIBRATED == {"temperature": 1.0, "threshold": 0.5, "min_lesion_peak": 0.0, "min_lesion_ml": 0.0}
     assert train["threshold"] == 0.5
     assert not {"calibration", "operating_points", "trained"} & bundle.metadata.keys()
     assert bundle.weights is None

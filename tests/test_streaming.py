@@ -26,7 +26,7 @@ COARSE = replace(STREAMED, matrix=64, slice_mm=(8.0,))
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """A phantom in a second."""
-    monkeypatch.setattr(streaming, "VARIED", COARSE)
+    monkeypatch.setattr(streaming, "STREAMED", COARSE)
 
 
 def stream(**more: Any) -> PhantomStream:
@@ -141,7 +141,7 @@ def test_a_stream_needs_no_manifest_and_makes_its_own_to_validate_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dataset.write_validation_phantoms, "__defaults__", (2,))
-    monkeypatch.setattr(dataset, "STREAMED", replace(STREAMED, matrix=64))
+    monkeypatch.setattr(dataset, "STREAMED", COARSE)
     settings = Settings.of(["bundle=cascade3d", "variant=synthesis", "preset=tiny", "tracking=false"])
     prepare_run(find_bundle("cascade3d"), settings, tmp_path / "run", resume=False)
     bundle = Bundle(tmp_path / "run" / "bundle")
