@@ -1,33 +1,40 @@
 """Tables of the shape of Rajapakse et al. (IEEE Access 2024), 1 and 2, on synthetic scans, by one command.
 
     python benchmarks/two_stage.py --out DIR [--detector NAME=FOLDER ...] [--segmenters a,b] [--preset cpu|gpu|tiny]
-        [--cases 60] [--more N] [--single-epochs N] [KEY=VALUE ...]
+        [--cases 60] [--more N] [--single-epochs N] [--sizes] [KEY=VALUE ...]
 
 40 of 60 phantoms train, 8 validate, 12 and N more test (seed 0). Each segmenter is trained on crops of the label's
 boxes and, for the single stage, on whole slices (in the paper for twice the epochs: --single-epochs); `em` is not
 trained. All are scored with boxes of the label, of every detector that is named (folders of trained ones, such as
 yolov5=runs/yolo/bundle), and on whole slices. The same command goes on where it stopped. Writes DIR/two_stage.md and,
 beside what `evaluate` writes, says whether boxes of the label are above predicted ones above a single stage.
+
+--sizes trains nothing: it times the bundle's own TransDeepLab against untrained YOLOv5 of every size.
 """
 
 import argparse
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
+from monai.bundle import ConfigParser
+from torch import nn
 
 from bundles import arguments, conditions, phantoms, trained
 from ich_pipeline import commands
-from ich_pipeline.bundles import find_bundle
+from ich_pipeline.bundles import find_bundle, find_stage
 from ich_pipeline.comparison import paired_differences, write_comparison
 from ich_pipeline.detector import SliceView, detect_in_slices, load_detector
 from ich_pipeline.engines import autocast
 from ich_pipeline.evaluation import compare, labelled_cases
 from ich_pipeline.inference import Segmenter
+from ich_pipeline.networks.slice_detector import SliceDetector
 from ich_pipeline.networks.transdeeplab import foreground
+from ich_pipeline.networks.yolov5 import SIZES
 from ich_pipeline.paper_tables import Method
 from ich_pipeline.reading import read_scan
 from ich_pipeline.report import interval, write_text
@@ -91,21 +98,40 @@ def speeds(given: argparse.Namespace, manifest: Path) -> list[str]:
         crops = torch.rand(len(slices_hu), 1, *config["crop_size"])
         for name, folder in (pair.split("=", 1) for pair in given.detector):
             detector = load_detector(folder, "cpu")
-            spent: list[tuple[float, float]] = []
-            for _ in range(REPEATS + 1):
-                start = time.perf_counter()
-                detect_in_slices(detector, slices_hu, batch_size=8, amp="auto")
-                middle = time.perf_counter()
-                with torch.inference_mode(), autocast(torch.device("cpu"), "auto"):
-                    for part in crops.split(8):
-                        foreground(network, part)
-                spent.append((middle - start, time.perf_counter() - middle))
-            first, second = (median(each[n] for each in spent[1:]) / len(slices_hu) for n in (0, 1))
-            ratios = sorted(b / a for a, b in spent[1:])
-            lines.append(
-                f"- {name}, {segmenter}: {1000 * first:.1f} and {1000 * second:.1f} ms a slice (medians of {REPEATS}); "
-                f"the detector is {median(ratios):.1f} times as fast ({ratios[0]:.1f} to {ratios[-1]:.1f})"
-            )
+            lines.append(f"- {name}, {segmenter}: {in_turn(detector, network, slices_hu, crops)}")
+    return lines
+
+
+def in_turn(detector: SliceDetector, network: nn.Module, slices_hu: torch.Tensor, crops: torch.Tensor) -> str:
+    """Both stages over as many slices and crops, by turns."""
+    spent: list[tuple[float, float]] = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        detect_in_slices(detector, slices_hu, batch_size=8, amp="auto")
+        middle = time.perf_counter()
+        with torch.inference_mode(), autocast(torch.device("cpu"), "auto"):
+            for part in crops.split(8):
+                foreground(network, part)
+        spent.append((middle - start, time.perf_counter() - middle))
+    first, second = (median(each[n] for each in spent[1:]) / len(slices_hu) for n in (0, 1))
+    ratios = sorted(b / a for a, b in spent[1:])
+    return (
+        f"{1000 * first:.1f} and {1000 * second:.1f} ms a slice (medians of {REPEATS}); "
+        f"the detector is {median(ratios):.1f} times as fast ({ratios[0]:.1f} to {ratios[-1]:.1f})"
+    )
+
+
+def sizes() -> list[str]:
+    """The bundle's own segmenter against each size of detector: weights change nothing of a network's speed."""
+    torch.manual_seed(0)
+    config = find_bundle(NAME).config("inference")
+    own = find_stage(NAME, "detector").config("inference")
+    network = ConfigParser(config).get_parsed_content("network_def").eval()
+    slices_hu, crops = 30 + 30 * torch.randn(8, 512, 512), torch.rand(8, 1, *config["crop_size"])
+    lines = []
+    for size, image_size in product(SIZES, (256, 512)):
+        detector = ConfigParser(own | {"size": size, "image_size": image_size}).get_parsed_content("network_def").eval()
+        lines.append(f"- YOLOv5{size}, {image_size} pixels: {in_turn(detector, network, slices_hu, crops)}")
     return lines
 
 
@@ -132,7 +158,13 @@ def main() -> None:
     parser.add_argument("--detector", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--segmenters", default="transdeeplab,swinunet,em")
     parser.add_argument("--single-epochs", type=int, default=0)
+    parser.add_argument("--sizes", action="store_true")
     given = parser.parse_args()
+    if given.sizes:
+        text = sizes()
+        write_text(given.out / "sizes.md", "\n".join(text) + "\n")
+        print("\n".join(text))
+        return
     manifest = phantoms(given.out / "phantoms", given.cases, given.more)
     found = list(rows(given, manifest))
     write_comparison([each for _, _, each in found], given.out)
