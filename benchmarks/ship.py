@@ -1,7 +1,7 @@
 """Put the weights of a trained and calibrated bundle into the one that ships.
 
     ich-pipeline train bundle=cascade3d variant=synthesis preset=shipped_cpu out=runs/cascade3d [background=HEAD]
-    ich-pipeline phantom runs/phantoms --cases 100 --seed 90002 --matrix 256 --split val --varied
+    ich-pipeline phantom runs/phantoms --cases 150 --seed 90002 --matrix 256 --split val --varied
     ich-pipeline calibrate bundle=runs/cascade3d/bundle data=runs/phantoms/manifest.csv split=val out=runs/calibration
     python benchmarks/ship.py runs/cascade3d/bundle
 
