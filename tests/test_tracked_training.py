@@ -5,10 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import mlflow
 import nibabel as nib
 import numpy as np
 import pytest
+import stopped_training
 import torch
 from mlflow_server import running_server
 from training_cases import TINY, write_cases
@@ -68,26 +67,17 @@ class Place:
         return (self.folder / name / "mlflow_run_id").read_text()
 
     def stop_after_an_epoch(self, name: str, number: signal.Signals, *more: str) -> tuple[int, str]:
-        """Train in a process of its own and send it a signal in its second epoch; returns exit status and stderr."""
-        command = [sys.executable, "-m", "ich_pipeline", "train", *self.words(name, *more)]
-        begun_with = self.epoch(name)
-        process = subprocess.Popen(
-            command,
+        """Train in a process of its own that a signal stops after one more epoch; returns exit status and stderr."""
+        stopped = stopped_training.launcher(number, epoch=self.epoch(name) + 2)
+        process = subprocess.run(
+            [sys.executable, *stopped, "-m", "ich_pipeline", "train", *self.words(name, *more)],
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             start_new_session=True,
-            # A test run that a shell started in the background would hand down that Ctrl-C is ignored.
-            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+            timeout=500,
         )
-        deadline = time.monotonic() + 500
-        while self.epoch(name) == begun_with:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=300)
-        return process.returncode, errors
+        return process.returncode, process.stderr
 
     def epoch(self, name: str) -> int:
         """The last epoch that was saved, 0 for none."""

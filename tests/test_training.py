@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stopped_training
 import torch
 import yaml
 from monai.bundle import ConfigParser
@@ -60,16 +61,6 @@ def start(cases: Path, out: Path, *more: str, launcher: Sequence[str] = (sys.exe
 
 def state_of(out: Path) -> dict[str, Any]:
     return torch.load(out / "training_state.pt", weights_only=True)
-
-
-def kill_in_epoch(process: subprocess.Popen[str], out: Path, epoch: int, pid: int | None = None) -> None:
-    """Kill (-9) as soon as the epoch before has been saved, while `epoch` runs."""
-    deadline = time.monotonic() + 500
-    while not (out / "training_state.pt").is_file() or state_of(out)["epoch"] < epoch - 1:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(pid or process.pid, signal.SIGKILL)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -240,11 +231,10 @@ def test_what_begins_with_weights_has_the_sizes_of_its_bundle(undisturbed: Path)
 
 def test_a_run_killed_in_an_epoch_goes_on_as_if_undisturbed(undisturbed: Path, cases: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = start(cases, out)
-    kill_in_epoch(process, out, epoch=2)
-    process.communicate(timeout=60)
+    process = start(cases, out, launcher=(sys.executable, *stopped_training.launcher(signal.SIGKILL, epoch=2)))
+    process.communicate(timeout=500)
     assert process.returncode == -signal.SIGKILL
-    assert 1 <= state_of(out)["epoch"] < 4
+    assert state_of(out)["epoch"] == 1
     assert json.loads((out / "run.json").read_text())["exit_status"] is None
     train(cases, out, "resume=true")
     assert same(state_of(out), state_of(undisturbed))
@@ -290,6 +280,26 @@ def test_early_stopping_counts_on_after_a_resume(cases: Path, tmp_path: Path, mo
         train(cases, out, "epochs=9", "validate_every=1", "patience=3", "iterations=1", "resume=true")
     train(cases, out, "epochs=9", "validate_every=1", "patience=4", "iterations=1", "resume=true")
     assert state_of(out)["best_metric"] == 0.9
+
+
+def test_the_last_weights_are_kept_where_that_is_asked_for(
+    cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream's last epoch is kept though an earlier one scored more; a resumed run takes its new last one."""
+    words = ("validate_every=1", "patience=0", "iterations=1", "keep=last")
+    _evaluations_that_give(monkeypatch, [0.5, 0.4, 0.3])
+    out = tmp_path / "run"
+    for epochs, metric, resume in ((2, 0.4, "resume=false"), (3, 0.3, "resume=true")):
+        train(cases, out, f"epochs={epochs}", *words, resume)
+        state = state_of(out)
+        assert (state["best_epoch"], state["best_metric"]) == (epochs, metric)
+        kept = torch.load(out / "bundle" / "models" / "model.pt", weights_only=True)
+        assert same(kept, state["network"])
+
+
+def test_patience_and_the_last_weights_exclude_each_other(cases: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"keep=last with patience=2.*Give patience=0"):
+        train(cases, tmp_path / "run", "epochs=2", "patience=2", "keep=last")
 
 
 def _evaluations_that_give(monkeypatch: pytest.MonkeyPatch, metrics: list[float]) -> None:
@@ -543,15 +553,14 @@ def test_when_one_process_is_killed_the_others_end_and_the_run_resumes(cases: Pa
     _, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
 
-    process = start(cases, out, launcher=TORCHRUN)
+    stopped = stopped_training.launcher(signal.SIGKILL, epoch=2, stopped_rank=1)
+    process = start(cases, out, launcher=(*TORCHRUN, *stopped))
     while len(workers := psutil.Process(process.pid).children()) < 2:
         time.sleep(0.05)
-    second = next(w for w in workers if w.environ()["RANK"] == "1")
-    kill_in_epoch(process, out, epoch=2, pid=second.pid)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=400)
     assert process.returncode == 1, errors
     assert not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers)
-    assert state_of(out)["epoch"] < 4
+    assert state_of(out)["epoch"] == 1
 
     process = start(cases, out, "resume=true", launcher=TORCHRUN)
     _, errors = process.communicate(timeout=400)
