@@ -3,20 +3,23 @@
     ich-pipeline train bundle=cascade3d variant=synthesis preset=shipped_cpu out=runs/cascade3d [background=HEAD]
     ich-pipeline phantom runs/phantoms --cases 150 --seed 90002 --matrix 256 --split val --varied
     ich-pipeline calibrate bundle=runs/cascade3d/bundle data=runs/phantoms/manifest.csv split=val out=runs/calibration
-    python benchmarks/ship.py runs/cascade3d/bundle
+    python benchmarks/ship.py runs/cascade3d/bundle runs/calibration
 
 Weights are stored in half precision, their SHA-256, the operating points and the calibration go into the metadata, and
-temperature, threshold, least peak and smallest lesion into the configs, whose other keys must be those of the run.
+temperature, threshold, least peak and smallest lesion into the configs, whose other keys must be those of the run; the reliability plot goes
+beside the model card.
 """
 
 import argparse
 import re
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from ich_pipeline.bundles import Bundle, find_bundle, read_yaml
+from ich_pipeline.calibration import PLOT_FILE
 from ich_pipeline.errors import ConfigError
 from ich_pipeline.files import atomic_path, sha256_of, write_json
 from ich_pipeline.settings import DEFAULT_BUNDLE
@@ -30,9 +33,13 @@ SAME = ("filters", "spacing_mm", "window_hu", "coarse_scale", "resize", "margin"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a trained and calibrated bundle")
+    parser.add_argument("calibration", type=Path, help="folder that its calibration wrote")
     parser.add_argument("--recipe", default="preset=shipped_cpu", help="what the metadata say of it")
     given = parser.parse_args()
     source, target = Bundle(given.run.resolve()), find_bundle(DEFAULT_BUNDLE)
+    plot = given.calibration / PLOT_FILE
+    if not plot.is_file():
+        raise ConfigError(f"{plot} is not there: expected the folder that `ich-pipeline calibrate` wrote, its out=.")
     if source.weights is None or "calibration" not in source.metadata:
         raise ConfigError(f"{source.path}: expected a trained bundle that `ich-pipeline calibrate` has seen.")
     run, own = source.config("inference"), target.config("inference")
@@ -67,6 +74,7 @@ def main() -> None:
     # The same weights with another operating point were not trained today.
     new = trained if sha256 != target.metadata["weights_sha256"] else {}
     write_json(target.path / "configs" / "metadata.json", target.metadata | copied | new)
+    shutil.copyfile(plot, target.path / "docs" / PLOT_FILE)
     print(f"{weights}: {weights.stat().st_size / 1e6:.1f} MB, {sha256}")
 
 

@@ -20,6 +20,7 @@ from ich_pipeline.transforms import calibrated, lesions_of
 Floats = NDArray[np.float64]
 
 KEYS = ("temperature", "threshold", "min_lesion_peak", "min_lesion_ml")
+PLOT_FILE = "reliability.png"
 THRESHOLDS = tuple(round(0.05 * n, 2) for n in range(1, 20))  # of the probability as the network gives it
 # 0: a lesion needs no peak above the threshold. Overconfident networks differ close to 1.
 PEAKS = (0.0, *THRESHOLDS, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
@@ -270,7 +271,7 @@ def apply(bundle: Bundle, calibration: Calibration) -> None:
 
 
 def write_calibration(calibration: Calibration, out: Path) -> str:
-    """Write `calibration.md` and `reliability.png`; the text."""
+    """Write `calibration.md` and `PLOT_FILE`; the text."""
     lines = [
         f"{calibration.cases} scans. Temperature {calibration.temperature:g}; expected calibration error of the voxels "
         f"that are not certain {calibration.error['before']:.4f} before, {calibration.error['after']:.4f} after.",
@@ -289,5 +290,5 @@ def write_calibration(calibration: Calibration, out: Path) -> str:
         )
     text = "\n".join(lines) + "\n"
     write_text(out / "calibration.md", text)
-    write_png(out / "reliability.png", reliability_plot(calibration.reliability, calibration.error))
+    write_png(out / PLOT_FILE, reliability_plot(calibration.reliability, calibration.error))
     return text
