@@ -47,6 +47,7 @@ PATH_KEYS = (
 # What `calibrate` and the shipping of weights leave in a bundle, and what is there without.
 UNCALIBRATED = {"temperature": 1.0, "threshold": 0.5, "min_lesion_peak": 0.0, "min_lesion_ml": 0.0}
 OF_WEIGHTS = ("operating_points", "calibration", "trained", "started_from")
+KEEP = ("best", "last")
 # What a resumed run may change: the saved state does not depend on it.
 MAY_CHANGE = ("epochs", "patience", "validate_every", "workers", "device")
 
@@ -209,8 +210,8 @@ class ResumableRun:
     and goes on from its last whole epoch draws what an undisturbed run would have drawn. The trainer's loader must draw
     through a `CaseSampler`.
 
-    Written by rank 0, each whole or not at all: `weights` (best by the evaluator's key metric) with its SHA-256 into
-    the bundle's metadata, and `state_file` (last epoch: network, optimizer, scheduler, best value, patience). Attach
+    Written by rank 0, each whole or not at all: `weights` (those that `keep` says) with their SHA-256 into the bundle's
+    metadata, and `state_file` (last epoch: network, optimizer, scheduler, best value, patience). Attach
     after every handler that changes or records what an epoch did: the state says that the epoch is done.
 
     Args:
@@ -222,10 +223,15 @@ class ResumableRun:
         weights: where the best weights go, `models/model.pt` of a bundle.
         state_file: what `resume` reads; kept beside the bundle, not in it.
         patience: validations without a better metric before the run stops; 0 never stops early.
+        keep: `best`, the weights with the highest key metric of all validations; or `last`, those of the last
+            validation, for a run that cannot overfit or whose few validation cases cannot tell one epoch from another.
         seed: of the run.
         resume: go on from `state_file`; a run that was stopped in its first epoch has none and starts over.
         average: a network with averaged weights; it is what is validated and kept, and saved with the state.
         also: further parts with a state dict that the state holds, such as a discriminator and its optimizer.
+
+    Attributes:
+        best_metric, best_epoch: key metric and epoch of the weights that are kept.
     """
 
     def __init__(
@@ -242,7 +248,9 @@ class ResumableRun:
         resume: bool = False,
         average: nn.Module | None = None,
         also: Mapping[str, Any] | None = None,
+        keep: str = "best",
     ) -> None:
+        self.keep = keep
         self.parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler, **(also or {})}
         if average is not None:
             self.parts["average"] = average
@@ -263,8 +271,16 @@ class ResumableRun:
         """Load the last state when resuming; remove what another run left when not.
 
         Raises:
-            ConfigError: the loader has no `CaseSampler`, or `weights` lies in no bundle.
+            ConfigError: the loader has no `CaseSampler`, `weights` lies in no bundle, `keep` is unknown or excludes
+                `patience`.
         """
+        if self.keep not in KEEP:
+            raise ConfigError(f"keep={self.keep!r}: expected one of {', '.join(KEEP)}")
+        if self.keep == "last" and self.patience:
+            raise ConfigError(
+                f"keep=last with patience={self.patience}: patience waits for a better validation, which keep=last does "
+                "not ask for. Give patience=0, or keep=best."
+            )
         if not isinstance(engine.state.dataloader.sampler, CaseSampler):
             found = type(engine.state.dataloader.sampler).__name__
             raise ConfigError(f"ResumableRun: the loader has a {found}, expected a CaseSampler. Edit train.yaml.")
@@ -301,16 +317,16 @@ class ResumableRun:
         torch.manual_seed(seed)
 
     def epoch_completed(self, engine: Engine) -> None:
-        """Validate when it is time, keep the best and the last state, stop when patience is spent."""
+        """Validate when it is time, keep weights and the last state, stop when patience is spent."""
         epoch = engine.state.epoch
         if epoch % self.validate_every == 0 or epoch == engine.state.max_epochs:
             self._share_buffers()
             self.evaluator.run(epoch)
             metric = float(self.evaluator.state.metrics[self.evaluator.state.key_metric_name])
             self.waited += 1
-            if metric > self.best_metric:
+            if self.keep == "last" or metric > self.best_metric:
                 self.best_metric, self.best_epoch, self.waited = metric, epoch, 0
-                self._keep_best()
+                self._keep()
         if rank() == 0:
             state = {name: part.state_dict() for name, part in self.parts.items()}
             state |= {"best_metric": self.best_metric, "best_epoch": self.best_epoch, "waited": self.waited}
@@ -344,7 +360,7 @@ class ResumableRun:
         """What `best_metric` is."""
         return str(self.evaluator.state.key_metric_name)
 
-    def _keep_best(self) -> None:
+    def _keep(self) -> None:
         if rank() != 0:
             return
         state = {name: value.detach().cpu() for name, value in self.kept.state_dict().items()}
