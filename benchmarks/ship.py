@@ -6,8 +6,8 @@
     python benchmarks/ship.py runs/cascade3d/bundle runs/calibration
 
 Weights are stored in half precision, their SHA-256, the operating points and the calibration go into the metadata, and
-temperature, threshold, least peak and smallest lesion into the configs, whose other keys must be those of the run; the reliability plot goes
-beside the model card.
+temperature, threshold, least peak and smallest lesion into the configs, whose other keys must be those of the run; the
+reliability plot goes beside the model card.
 """
 
 import argparse

@@ -386,9 +386,8 @@ def _train_prepared(bundle: Bundle, settings: Settings, out: Path, *, resume: bo
             result = train_bundle(bundle, report, resume=resume, start_from=start_from)
             if rank() == 0:
                 metric = "mAP@0.5" if bundle.finds_boxes else "Dice"
-                print(
-                    f"{result.keep} validation {metric} {result.best_metric:.3f} in epoch {result.best_epoch}: {bundle.path}"
-                )
+                found = f"{result.keep} validation {metric} {result.best_metric:.3f} in epoch {result.best_epoch}"
+                print(f"{found}: {bundle.path}")
                 if not settings.run["parent_run"]:
                     _register(run, bundle, result)
         status = 0

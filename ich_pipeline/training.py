@@ -278,8 +278,8 @@ class ResumableRun:
             raise ConfigError(f"keep={self.keep!r}: expected one of {', '.join(KEEP)}")
         if self.keep == "last" and self.patience:
             raise ConfigError(
-                f"keep=last with patience={self.patience}: patience waits for a better validation, which keep=last does "
-                "not ask for. Give patience=0, or keep=best."
+                f"keep=last with patience={self.patience}: patience waits for a better validation, and keep=last asks "
+                "for none. Give patience=0, or keep=best."
             )
         if not isinstance(engine.state.dataloader.sampler, CaseSampler):
             found = type(engine.state.dataloader.sampler).__name__
