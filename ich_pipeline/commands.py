@@ -80,7 +80,7 @@ def segment(scans: Sequence[Path], masks: Path, table: Path, settings: Settings)
     members = _members(settings)
     check_outside(scans, masks)
 
-    from ich_pipeline.reading import find_scans
+    from ich_pipeline.finding import find_scans
 
     cases = find_scans(scans)
     status = segment_cases(cases, members, masks, table, settings)
@@ -201,7 +201,7 @@ def measure_masks(masks: Sequence[Path], table: Path, settings: Settings) -> int
         ConfigError: a bundle or its keys were named, or `table` holds what a bundle segmented.
         ReadError: no masks there.
     """
-    from ich_pipeline.reading import find_scans
+    from ich_pipeline.finding import find_scans
 
     check_measuring(table, settings)
     report = RunReport({"run": settings.run})

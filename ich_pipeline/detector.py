@@ -24,10 +24,11 @@ from ich_pipeline.bundles import find_bundle
 from ich_pipeline.detection import ANY, ScoredBox, write_boxes
 from ich_pipeline.engines import autocast, load_network
 from ich_pipeline.errors import ConfigError
+from ich_pipeline.finding import find_scans
 from ich_pipeline.geometry import Grid
 from ich_pipeline.labels import Subtype
 from ich_pipeline.networks.slice_detector import SliceDetector
-from ich_pipeline.reading import find_scans, read_scan
+from ich_pipeline.reading import read_scan
 from ich_pipeline.records import Scan
 
 CLASS_NAMES = (*(each.name for each in Subtype), ANY)  # by the number that networks use

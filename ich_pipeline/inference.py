@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from ich_pipeline.bundles import Bundle, learns
 from ich_pipeline.engines import check_hash, pick_device
 from ich_pipeline.errors import ConfigError, own_errors
+from ich_pipeline.finding import find_scans
 from ich_pipeline.quality import fit_flags
-from ich_pipeline.reading import find_scans
 from ich_pipeline.records import CaseRecord, NativeMask, Scan
 from ich_pipeline.transforms import Box, RemoveSmalld, RemoveUnsured, scan_of
 

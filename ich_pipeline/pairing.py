@@ -54,7 +54,7 @@ def find_pairs(scans: Sequence[Path], *, masks: bool) -> list[Pair]:
         ManifestError: nothing to compare, or a time point that cannot be used.
         ReadError: no scans there.
     """
-    from ich_pipeline.reading import find_scans
+    from ich_pipeline.finding import find_scans
 
     def measured(records: Sequence[CaseRecord]) -> list[CaseRecord]:
         return [replace(each, image=each.label) if masks and each.label else each for each in records]

@@ -24,12 +24,12 @@ from heads import bleeding_head, oracle_bundle, save_nifti, write_heads
 from ich_pipeline import batch, cli, commands
 from ich_pipeline.batch import run_batch
 from ich_pipeline.errors import ConfigError, ReadError, reason
+from ich_pipeline.finding import find_scans
 from ich_pipeline.geometry import Grid
 from ich_pipeline.inference import Segmenter
 from ich_pipeline.memory import BYTES_PER_VOXEL
 from ich_pipeline.nifti import nifti_stem
 from ich_pipeline.pipeline import Pipeline
-from ich_pipeline.reading import find_scans
 from ich_pipeline.report import read_rows, write_tables
 from ich_pipeline.run_report import RunReport
 

@@ -14,7 +14,8 @@ from scan_files import BRAIN_ML, brain_ml, head_series, save_series
 
 from ich_pipeline.dicom import archive, series_grid
 from ich_pipeline.errors import ReadError
-from ich_pipeline.reading import find_scans, read_scan
+from ich_pipeline.finding import find_scans
+from ich_pipeline.reading import read_scan
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from ich_pipeline import cli
 from ich_pipeline.bundles import Bundle, resolve
 from ich_pipeline.ensemble import Ensemble, joined_sha256
 from ich_pipeline.errors import ConfigError
+from ich_pipeline.finding import find_scans
 from ich_pipeline.inference import Segmenter
-from ich_pipeline.reading import find_scans, read_mask
+from ich_pipeline.reading import read_mask
 from ich_pipeline.volumetry import measure
 
 

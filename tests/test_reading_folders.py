@@ -8,7 +8,8 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 from scan_files import head_series, nifti_image, save, save_series
 
 from ich_pipeline.errors import ManifestError, ReadError
-from ich_pipeline.reading import find_scans, read_scan
+from ich_pipeline.finding import find_scans
+from ich_pipeline.reading import read_scan
 
 
 @pytest.fixture
