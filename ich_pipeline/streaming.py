@@ -67,13 +67,14 @@ class PhantomStream(Dataset[Any]):
 
     def __getitem__(self, draw: Draw) -> Any:
         if draw.case not in self._made:
-            self._made[draw.case] = self._make(draw.case)
+            self._made[draw.case] = self.prepared(draw.case)
             while len(self._made) > self.kept:
                 self._made.popitem(last=False)
         self.each_time.set_random_state(seed=draw.seed)
         return self.each_time(dict(self._made[draw.case]))
 
-    def _make(self, number: int) -> Any:
+    def prepared(self, number: int) -> Any:
+        """The phantom of a number as its draws are cut from it: image and label (1, S, R, C) on the model grid."""
         case = self.phantom(number)
         name, forms = case.scan.case_id, case.scan.forms
         label = NativeMask((case.label > 0).astype(np.uint8), case.scan.grid)

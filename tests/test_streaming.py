@@ -87,7 +87,7 @@ def test_a_draw_is_the_same_whatever_was_drawn_before() -> None:
 def test_memory_holds_a_bounded_number_of_phantoms(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = stream(kept=3)
     made: list[int] = []
-    monkeypatch.setattr(cases, "_make", lambda number: made.append(number) or {"image": torch.zeros(1, 2, 2, 2)})
+    monkeypatch.setattr(cases, "prepared", lambda number: made.append(number) or {"image": torch.zeros(1, 2, 2, 2)})
     cases.each_time = Compose([])
     for number in (0, 1, 2, 1, 3, 0):
         cases[Draw(number, 0)]
