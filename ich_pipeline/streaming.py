@@ -145,7 +145,7 @@ class StreamSampler(CaseSampler):
     """
 
     def __init__(
-        self, draws: int, batch_size: int, workers: int, seed: int = 0, draws_per_case: int = 20, window: int = 32
+        self, draws: int, batch_size: int, workers: int, seed: int = 0, draws_per_case: int = 8, window: int = 32
     ) -> None:
         self.draws, self.seed, self.epoch = draws, seed, 0
         self.batch_size, self.workers = batch_size, max(workers, 1)
