@@ -542,6 +542,8 @@ for line in sys.stdin:
 def monai_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonaiRuns]:
     runs = MonaiRuns(tmp_path_factory.mktemp("monai"))
     yield runs
+    # Not by closing its input alone: workers of a data loader, forked meanwhile and not collected yet, hold it open.
+    runs.process.kill()
     runs.process.communicate()
 
 
