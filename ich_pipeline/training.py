@@ -1,5 +1,6 @@
 """Handlers and steps that `train.yaml` names, and the run of a bundle's training."""
 
+import gc
 import json
 import logging
 import os
@@ -220,15 +221,15 @@ class ResumableRun:
         scheduler: anything with a state dict.
         evaluator: MONAI evaluator with a key metric, larger is better.
         validate_every: epochs from validation to validation; the last epoch is always validated.
-        weights: where the best weights go, `models/model.pt` of a bundle.
+        weights: where the kept weights go, `models/model.pt` of a bundle.
         state_file: what `resume` reads; kept beside the bundle, not in it.
         patience: validations without a better metric before the run stops; 0 never stops early.
-        keep: `best`, the weights with the highest key metric of all validations; or `last`, those of the last
-            validation, for a run that cannot overfit or whose few validation cases cannot tell one epoch from another.
         seed: of the run.
         resume: go on from `state_file`; a run that was stopped in its first epoch has none and starts over.
         average: a network with averaged weights; it is what is validated and kept, and saved with the state.
         also: further parts with a state dict that the state holds, such as a discriminator and its optimizer.
+        keep: `best`, the weights with the highest key metric of all validations; or `last`, those of the last
+            validation, for a run whose cases do not run out or whose few validation cases cannot tell epochs apart.
 
     Attributes:
         best_metric, best_epoch: key metric and epoch of the weights that are kept.
@@ -663,6 +664,14 @@ def train_bundle(bundle: Bundle, report: RunReport, *, resume: bool, start_from:
     Returns:
         The handler that kept the weights: best metric and epoch, and with `start_from` the metric it began with.
     """
+    handler = _train(bundle, report, resume, start_from)
+    # The trainer is part of reference cycles: its loader's workers, and what they hold, would stay until Python happens
+    # to collect it, in a server for a long time.
+    gc.collect()
+    return handler
+
+
+def _train(bundle: Bundle, report: RunReport, resume: bool, start_from: Path | None) -> ResumableRun:
     workflow = open_workflow(bundle.path, resume=resume)
     with report.stage("start"):
         workflow.initialize()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -120,7 +121,9 @@ def test_the_last_epoch_is_validated_whatever_the_interval(
 
 
 def test_equal_seeds_give_equal_files_with_and_without_workers(undisturbed: Path, cases: Path, tmp_path: Path) -> None:
+    before = set(multiprocessing.active_children())
     other = train(cases, tmp_path / "run", "workers=2")
+    assert set(multiprocessing.active_children()) <= before  # none of its workers outlives it
     assert same(state_of(other), state_of(undisturbed))
     assert sha256_of(other / "bundle/models") == sha256_of(undisturbed / "bundle/models")
 
